@@ -1,0 +1,119 @@
+"""The command line: one verb per stage, no logic. Exit codes: 0 done, 1 failed or partial, 2 wrong input or use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_ensemble.errors import InputError, RunError
+from ray_ensemble.version import __version__
+
+_VERBS = {
+    "run": "all stages, going on where an earlier run of the same job stopped",
+    "plan": "resolve the job: config.yaml, plan.json and the starting point of the adapters",
+    "tasks": "preview rendered prompts and label words as the tokenizer sees them",
+    "gradients": "projected per-example gradients of every dataset",
+    "search": "affinity and the best partition, by Ray Tune",
+    "train": "one adapter a group and the baseline, by Ray Train",
+    "ensemble": "weights of each dataset over the adapters",
+    "evaluate": "all models on the test splits: metrics.json",
+    "report": "report.html and plots",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `ray-ensemble`; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return _dispatch(options)
+    except InputError as error:
+        print(f"ray-ensemble: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"ray-ensemble: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ray-ensemble: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.verb == "predict":
+        return _predict(options)
+    from ray_ensemble.pipeline import Job
+
+    job = Job.from_yaml(options.job, options.set)
+    if options.verb == "tasks":
+        if options.output is not None:
+            job.through("tasks", options.output, redo=options.redo)
+        _print(*job.preview())
+        return 0
+    output = options.output or Path("runs") / Path(options.job).stem
+    result = job.through("report" if options.verb == "run" else options.verb, output, redo=options.redo)
+    if options.verb in ("run", "report"):
+        from ray_ensemble.report import terminal_summary
+
+        _print(terminal_summary(result.folder))
+    else:
+        print(f"{options.verb}: done, in {result.folder}")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from ray_ensemble.ensemble import Predictor, read_rows
+
+    if options.input is None:
+        rows = read_rows(sys.stdin, "standard input")
+    else:
+        try:
+            rows = read_rows(Path(options.input).read_text(encoding="utf-8").splitlines(), options.input)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--input {options.input}: cannot be read ({error})") from None
+    for prediction in Predictor(options.run, options.task).predict(rows):
+        print(json.dumps(prediction, ensure_ascii=False))
+    return 0
+
+
+def _print(*renderables: Any) -> None:
+    from rich.console import Console
+
+    # Where there is no terminal (a log, CI) a table must not be folded to 80 columns.
+    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120"))
+    Console(width=width, highlight=False).print(*renderables, sep="\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ray-ensemble",
+        description="Fine-tune one language model on many datasets: group them by first-order estimates, "
+        "train one adapter a group on Ray, and combine them.",
+    )
+    parser.add_argument("--version", action="version", version=f"ray-ensemble {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in _VERBS.items():
+        command = verbs.add_parser(verb, help=text, description=text)
+        command.add_argument("job", help="the job file (YAML)")
+        command.add_argument(
+            "--output", "-o", default=None, help="the run folder (default: runs/<name of the job file>)"
+        )
+        command.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value of the job file"
+        )
+        command.add_argument(
+            "--redo", action="store_true", help="recompute what depends on keys that differ from the folder's config"
+        )
+    predict = verbs.add_parser("predict", help="label lines of text with a finished run's ensemble")
+    predict.add_argument("run", help="the run folder")
+    predict.add_argument("--task", required=True, help="the dataset whose prompt, labels and weights to use")
+    predict.add_argument("--input", default=None, help="a JSONL file of fields (default: standard input)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

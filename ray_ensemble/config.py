@@ -1,0 +1,291 @@
+"""The job file as types. Every default of the project stands in this module and nowhere else.
+
+`load_config("job.yaml", overrides=["search.trials=8"])` reads, checks and completes a job file. Unknown keys are errors
+that list the known ones; relative paths are taken from the job file's folder.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ray_ensemble.errors import InputError, nearest
+
+Fraction = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """A section of the job file: immutable, and strict about keys and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """The base model. `source` is a local folder or GGUF file, `pypi:<package>==<version>/<path>`, or a hub id."""
+
+    source: str
+    quantization: Literal["auto", "none", "nf4"] = "auto"
+    chat: bool = False
+
+
+class AdapterConfig(Section):
+    """The LoRA adapter that gradients, training and merging share. `seed` draws θ₀ once, when the run is planned."""
+
+    rank: Count = 4
+    alpha: Count = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj"]
+    seed: Seed = 0
+
+
+class TaskConfig(Section):
+    """One dataset, or a folder of dataset folders.
+
+    A folder with `task.json` needs only `source`. For `hf:` and `pypi:` sources `prompt` and `labels` are needed;
+    `answers` are the data's own values for each label, in the labels' order (the labels themselves by default).
+    `splits` gives an `hf:` source's names for our splits; those left out are drawn from its train split. `seed` draws
+    splits where the source has none, and nothing else.
+    """
+
+    source: str
+    name: str | None = None
+    config: str | None = None
+    prompt: str | None = None
+    labels: list[str] | None = None
+    answers: list[str | int | bool] | None = None
+    label_field: str = "label"
+    splits: dict[Literal["train", "validation", "test"], str] | None = None
+    seed: Seed = 0
+
+
+class LimitsConfig(Section):
+    """How many examples a task gives at most (a fixed sample of each split) and how long a prompt may be, in tokens."""
+
+    train: Count | None = None
+    validation: Annotated[int, Field(ge=2)] | None = None
+    test: Count | None = None
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+
+
+class GradientsConfig(Section):
+    """The gradient pass: projected dimension d, projection seed, number of replicas and what one replica may use."""
+
+    dim: Annotated[int, Field(ge=1, le=65536)] = 400
+    seed: Seed = 0
+    replicas: Literal["auto"] | Count = "auto"
+    shards: Literal[1] = 1
+    threads: Count = 1
+    start: Literal["fresh"] = "fresh"
+    max_examples: Count | None = None
+    batch_tokens: Count = 1024
+
+
+class EstimatorConfig(Section):
+    """The first-order estimate. `regularization: auto` chooses λ on validation data and scales it to each group's steps."""
+
+    regularization: Literal["auto"] | Fraction = "auto"
+    subsets: Count = 50
+    subset_size: Count = 3
+    seed: Seed = 0
+
+
+class SearchConfig(Section):
+    """The search over partitions: numbers of groups to try and the number of Ray Tune trials."""
+
+    groups: list[Count] = [2, 3, 4, 5]
+    trials: Count = 32
+    objective: Literal["loss", "accuracy"] = "loss"
+    methods: list[Literal["sdp", "spectral"]] = ["sdp", "spectral"]
+    seed: Seed = 0
+
+    @field_validator("groups", "methods")
+    @classmethod
+    def _not_empty(cls, value: list[Any]) -> list[Any]:
+        if not value:
+            raise ValueError("must name at least one")
+        return value
+
+
+class TrainingConfig(Section):
+    """How every adapter is trained: groups, baseline and validation runs alike."""
+
+    epochs: Count = 2
+    min_steps: Annotated[int, Field(ge=0)] = 200
+    batch_size: Count = 8
+    learning_rate: Fraction = 1.0e-3
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Fraction = 1.0
+    checkpoint_every: Count = 50
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    strategy: Literal["none"] = "none"
+    concurrency: Literal["auto"] | Count = "auto"
+    cpus: Fraction = 1.0
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    threads: Count = 1
+    pack: Literal[1] = 1
+    seed: Seed = 0
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps that an adapter trained on `examples` examples gets: its epochs, but never below the floor."""
+        return max(self.min_steps, math.ceil(self.epochs * examples / self.batch_size))
+
+
+class BoostingConfig(Section):
+    """Boosting steps after the groups are trained. This version trains none."""
+
+    steps: Literal[0] = 0
+
+
+class EnsembleConfig(Section):
+    """How the adapters are combined, per dataset."""
+
+    weights: Literal["learned", "uniform"] = "learned"
+
+
+class JobConfig(Section):
+    """A whole job. Only `model.source` and `tasks` have no default."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    tasks: Annotated[list[TaskConfig], Field(min_length=1)]
+    limits: LimitsConfig = LimitsConfig()
+    gradients: GradientsConfig = GradientsConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    search: SearchConfig = SearchConfig()
+    training: TrainingConfig = TrainingConfig()
+    boosting: BoostingConfig = BoostingConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lift_sources(cls, data: Any) -> Any:
+        """Let a bare string stand for a task that only has a source."""
+        if isinstance(data, dict) and isinstance(data.get("tasks"), list):
+            tasks = [{"source": task} if isinstance(task, str) else task for task in data["tasks"]]
+            data = {**data, "tasks": tasks}
+        return data
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> JobConfig:
+    """Read a job file and check every key.
+
+    Args:
+        path: the YAML job file. Relative `source` paths in it start at its folder and come back absolute.
+        overrides: `"section.key=value"` strings (values are YAML) that replace what the file says.
+
+    Raises:
+        InputError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the job file ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a job file is a mapping with the keys {', '.join(JobConfig.model_fields)}")
+    for override in overrides or []:
+        _apply_override(data, override)
+    return parse_config(data, str(path), path.resolve().parent)
+
+
+def parse_config(data: dict[str, Any], where: str, base_dir: Path) -> JobConfig:
+    """Check a job given as plain data; `where` stands in errors, relative sources start at `base_dir`."""
+    try:
+        config = JobConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error)}") from None
+    tasks = [task.model_copy(update={"source": _anchored(task.source, base_dir)}) for task in config.tasks]
+    source = _anchored(config.model.source, base_dir, hub=True)
+    return config.model_copy(update={"tasks": tasks, "model": config.model.model_copy(update={"source": source})})
+
+
+def dump_config(config: JobConfig) -> str:
+    """The resolved job as YAML that `load_config` reads back to an equal `JobConfig`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(config: JobConfig) -> dict[str, Any]:
+    """Every leaf of a job as `"section.key" -> value`; lists stay whole, tasks are keyed by their place."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            return {
+                k: v for key, item in value.items() for k, v in walk(f"{prefix}.{key}" if prefix else key, item).items()
+            }
+        if prefix == "tasks":
+            return {k: v for i, item in enumerate(value) for k, v in walk(f"tasks.{i}", item).items()}
+        return {prefix: value}
+
+    return walk("", config.model_dump(mode="json"))
+
+
+def _anchored(source: str, base_dir: Path, hub: bool = False) -> str:
+    if source.startswith("pypi:"):
+        return source
+    if source.startswith("hf:"):
+        local = (base_dir / Path(source[3:]).expanduser()).resolve()
+        return f"hf:{local}" if source[3:].startswith((".", "/", "~")) else source
+    local = (base_dir / Path(source).expanduser()).resolve()
+    # A model given as "owner/name" is a hub id unless such a path is there.
+    if hub and not local.exists() and not source.startswith((".", "/", "~")):
+        return source
+    return str(local)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: expected section.key=value, such as search.trials=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not YAML") from None
+    *sections, leaf = key.split(".")
+    target = data
+    for section in sections:
+        inner = target.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override}: {section} is not a section of the job file")
+        target = inner
+    target[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line about the first problem, with the known keys and the nearest one where a key is unknown."""
+    problem = error.errors(include_url=False)[0]
+    place = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part in _UNION_TAGS))]
+    where = ".".join(str(part) for part in place) or "the job file"
+    rest = (
+        f" ({error.error_count() - 1} more)" if error.error_count() > 1 and problem["type"] == "extra_forbidden" else ""
+    )
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(place[:-1])
+        return f"unknown key '{where}'{nearest(str(place[-1]), known)} (known keys: {', '.join(known)}){rest}"
+    if problem["type"] == "missing":
+        return f"'{where}' is missing and has no default"
+    return f"'{where}': {problem['msg'].lower()}, got {problem['input']!r}"
+
+
+_UNION_TAGS = {"int", "float", "str", "bool", "constrained-int", "constrained-float"}
+
+
+def _known_keys(path: list[Any]) -> list[str]:
+    section: type[BaseModel] = JobConfig
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        section = inner[0] if inner else TaskConfig
+    return list(section.model_fields)

@@ -1,0 +1,17 @@
+"""One prediction from many adapters: weights per dataset, inference on one base, and merging into one adapter."""
+
+from ray_ensemble.ensemble.merge import merge_adapters
+from ray_ensemble.ensemble.prediction import Predictor, read_rows
+from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
+from ray_ensemble.ensemble.weights import combine, fit_weights
+
+__all__ = [
+    "Predictor",
+    "ScoreRequest",
+    "Scored",
+    "combine",
+    "fit_weights",
+    "merge_adapters",
+    "read_rows",
+    "score_all",
+]

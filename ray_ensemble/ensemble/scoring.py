@@ -1,0 +1,173 @@
+"""Label scores of adapters on splits, computed by Ray actors that hold one base and swap adapters; kept as files.
+
+Scores are filed under what they depend on (adapter, data, base), so that no stage computes a score that another has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_ensemble.config import GradientsConfig
+from ray_ensemble.files import sha256_file, sha256_json, write_array
+from ray_ensemble.gradients import ReplicaSpec
+from ray_ensemble.models import (
+    LabelRows,
+    attach_adapters,
+    default_device,
+    label_scores,
+    length_sorted_batches,
+    load_base,
+    make_batch,
+    materialise,
+    quiet_libraries,
+)
+from ray_ensemble.progress import Bar
+from ray_ensemble.runtime import map_units, peak_memory_bytes, pool_size
+from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
+
+Scores = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Scores wanted: of the adapter saved in `adapter` (None: the bare base) on `examples` of `task`."""
+
+    adapter: Path | None
+    task: EncodedTask
+    examples: tuple[EncodedExample, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores (N, K) in the order of the requests, tokens that went through the model, and peak memory of an actor."""
+
+    scores: tuple[Scores, ...]
+    tokens: int
+    peak_memory_bytes: int
+
+
+class ScoringReplica:
+    """One base with adapters attached as they are asked for; the plain class behind the Ray actor."""
+
+    _KEPT = 32  # adapters held at once
+
+    def __init__(self, spec: ReplicaSpec, threads: int, batch_tokens: int) -> None:
+        import torch
+
+        quiet_libraries()
+        torch.set_num_threads(threads)
+        self._device = default_device()
+        base = load_base(materialise(spec.source), spec.quantization, self._device)
+        self._model = attach_adapters(base, {"initial": Path(spec.initial_adapter)})
+        self._names: list[str] = []
+        self._pad_id = spec.pad_id
+        self._batch_tokens = batch_tokens
+
+    def score(self, request: ScoreRequest) -> dict[str, Any]:
+        """Scores (N, K) of a request's examples in their order, tokens seen, peak memory in bytes."""
+        import torch
+
+        rows = LabelRows.of(request.task.label_ids)
+        longest = max(len(row) for row in rows.rows)
+        lengths = [len(e.prompt_ids) + longest for e in request.examples]
+        classes = len(request.task.labels)
+        scores = np.empty((len(request.examples), classes), dtype=np.float32)
+        tokens = 0
+        with torch.inference_mode():
+            for indices in length_sorted_batches(lengths, len(rows.rows), self._batch_tokens):
+                examples = [request.examples[i] for i in indices]
+                batch = make_batch(examples, [rows] * len(examples), classes, self._pad_id, self._device)
+                if request.adapter is None:
+                    with self._model.disable_adapter():
+                        found = label_scores(self._model, batch)
+                else:
+                    self._activate(request.adapter)
+                    found = label_scores(self._model, batch)
+                scores[indices] = found.cpu().numpy()
+                tokens += batch.tokens
+        return {"scores": scores, "tokens": tokens, "peak_memory_bytes": peak_memory_bytes()}
+
+    def _activate(self, folder: Path) -> None:
+        # Named by content: the same adapter under two folders is one adapter.
+        name = f"adapter-{sha256_file(folder / 'adapter_model.safetensors')[:16]}"
+        if name not in self._names:
+            if len(self._names) == self._KEPT:
+                self._model.delete_adapter(self._names.pop(0))
+            self._model.load_adapter(folder, adapter_name=name)
+            self._model.eval()
+            self._names.append(name)
+        self._model.set_adapter(name)
+
+
+def score_all(
+    requests: Sequence[ScoreRequest],
+    spec: ReplicaSpec,
+    config: GradientsConfig,
+    base: dict[str, str],
+    folder: Path,
+    title: str,
+) -> Scored:
+    """Scores of every request, from files where they are, else by a pool of actors.
+
+    Args:
+        requests: what is wanted.
+        spec: how an actor loads the base.
+        config: replicas, threads and batch tokens, as for the gradients.
+        base: hashes of the base and θ₀.
+        folder: the run folder; scores are kept in its `scores/`.
+        title: of the progress bar.
+    """
+    paths = [folder / "scores" / f"{request.task.name}-{_key(request, config, base)}.npy" for request in requests]
+    units = {path.stem: request for path, request in zip(paths, requests, strict=True) if not _is_scores(path, request)}
+    tokens = sum(_tokens(request) for request in requests)
+    peak = 0
+    if units:
+        total = sum(len(r.examples) for r in units.values())
+        actors = pool_size(config.replicas, config.threads, len(units))
+        with Bar(title, total, "examples") as bar:
+
+            def keep(name: str, result: dict[str, Any]) -> None:
+                nonlocal peak
+                peak = max(peak, result["peak_memory_bytes"])
+                write_array(folder / "scores" / f"{name}.npy", result["scores"])
+                bar.advance(len(units[name].examples), units[name].task.name)
+
+            # Longest first, so that no actor is left with a long unit at the end.
+            ordered = dict(sorted(units.items(), key=lambda item: -_tokens(item[1])))
+            map_units(
+                ScoringReplica, (spec, config.threads, config.batch_tokens), "score", ordered,
+                actors=actors, threads=config.threads, on_result=keep,
+            )  # fmt: skip
+    return Scored(tuple(np.load(path, allow_pickle=False) for path in paths), tokens, peak)
+
+
+def _tokens(request: ScoreRequest) -> int:
+    """Tokens that a request's rows hold without padding."""
+    rows = LabelRows.of(request.task.label_ids).rows
+    extra = sum(len(row) for row in rows)
+    return sum(len(rows) * len(e.prompt_ids) + extra for e in request.examples)
+
+
+def _key(request: ScoreRequest, config: GradientsConfig, base: dict[str, str]) -> str:
+    adapter = None if request.adapter is None else sha256_file(request.adapter / "adapter_model.safetensors")
+    data = split_hash(request.task, request.examples)
+    return sha256_json(
+        {"adapter": adapter, "data": data, "batch": config.batch_tokens, "threads": config.threads, **base}
+    )[:16]
+
+
+def _is_scores(path: Path, request: ScoreRequest) -> bool:
+    try:
+        shape = np.load(path, allow_pickle=False).shape
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        print(f"{path}: damaged ({error}); computing it again", flush=True)
+        return False
+    return bool(shape == (len(request.examples), len(request.task.labels)))

@@ -1,0 +1,35 @@
+"""What fine-tuning on a group of tasks would do, from gradients at θ₀ alone (no Ray, no model).
+
+- `features`: a task as projected gradients, and the two halves of its validation data
+- `fit`: the regularised logistic fit, by damped Newton steps
+- `predict`: loss and accuracy from linearised label scores
+- `budget`: λ of a group by the steps that it will be trained for, and the choice of λ
+- `estimator`: the estimate of a group, cached, and the objective of a partition
+- `planted`: generated tasks with a known grouping, for tests and benchmarks
+- `affinity`: which task helps which, over sampled subsets
+"""
+
+from ray_ensemble.estimator.affinity import Affinity, sample_subsets
+from ray_ensemble.estimator.budget import RegularizationChoice, choose_regularization, group_regularization
+from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate
+from ray_ensemble.estimator.features import TaskFeatures, validation_halves
+from ray_ensemble.estimator.fit import Fit, fit_margins, fit_path
+from ray_ensemble.estimator.predict import Estimate, estimate_task
+
+__all__ = [
+    "Affinity",
+    "Estimate",
+    "Estimator",
+    "Fit",
+    "Group",
+    "GroupEstimate",
+    "RegularizationChoice",
+    "TaskFeatures",
+    "choose_regularization",
+    "estimate_task",
+    "fit_margins",
+    "fit_path",
+    "group_regularization",
+    "sample_subsets",
+    "validation_halves",
+]

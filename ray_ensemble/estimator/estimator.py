@@ -1,0 +1,131 @@
+"""The estimate of a group, cached: what the affinity and the search ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ray_ensemble.config import TrainingConfig
+from ray_ensemble.errors import InputError
+from ray_ensemble.estimator.budget import group_regularization, prediction_flops, stack_group
+from ray_ensemble.estimator.features import TaskFeatures, validation_halves
+from ray_ensemble.estimator.fit import Fit, fit_margins
+from ray_ensemble.estimator.predict import Estimate, estimate_task
+
+Group = tuple[int, ...]
+Metric = Literal["loss", "accuracy"]
+Half = Literal["search", "report"]
+
+LOSS_TIE_BREAK = 1e-4  # nats to accuracy: smaller than one example of any validation set in use, larger than rounding
+
+
+@dataclass(frozen=True)
+class GroupEstimate:
+    """Estimates of the `members` (sorted task indices) of a group, in their order, on either validation half.
+
+    `regularization` is the group's own λ, `steps` the Newton steps and `flops` the operations of fit and predictions.
+    """
+
+    members: Group
+    search: tuple[Estimate, ...]
+    report: tuple[Estimate, ...]
+    regularization: float
+    steps: int
+    flops: int
+
+    def half(self, half: Half) -> tuple[Estimate, ...]:
+        """The estimates on the half that serves the search, or on the one that is reported."""
+        return self.search if half == "search" else self.report
+
+
+class Estimator:
+    """Estimates each task's loss and accuracy after fine-tuning one adapter on any group of tasks.
+
+    `regularization` is λ_ref (see `budget`), more than 0. A group's estimate depends on the group alone: never on
+    what was asked before, so that caches can be shared between processes. `cache` may be any mapping from sorted
+    members to `GroupEstimate`. The object can be pickled if its cache can.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[TaskFeatures],
+        training: TrainingConfig,
+        regularization: float,
+        cache: MutableMapping[Group, GroupEstimate] | None = None,
+    ) -> None:
+        if not features:
+            raise ValueError("an estimator needs at least one task")
+        dims = {task.dim for task in features}
+        if len(dims) > 1:
+            raise InputError(f"the tasks' features differ in dimension: {sorted(dims)}; recompute the gradients")
+        self.features = tuple(features)
+        self.training = training
+        self.regularization = regularization
+        self.cache: MutableMapping[Group, GroupEstimate] = {} if cache is None else cache
+        self.fits = 0
+        self.flops = 0
+        self._halves = [validation_halves(len(task.validation_labels)) for task in self.features]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def fit(self, members: Iterable[int]) -> tuple[Fit, float]:
+        """β of a group, not cached, and the λ that it was fitted with. Members out of range are an `IndexError`."""
+        group = self._group(members)
+        regularization = group_regularization(self.regularization, self.training, self.features, group)
+        fit = fit_margins(*stack_group(self.features, group), regularization)
+        return fit, regularization
+
+    def group(self, members: Iterable[int]) -> GroupEstimate:
+        """Loss and accuracy of every member under the group's own β, on both halves; cached by members.
+
+        `fits` and `flops` count only what this object computed itself.
+        """
+        group = self._group(members)
+        found = self.cache.get(group)
+        if found is not None:
+            return found
+        fit, regularization = self.fit(group)
+        flops = fit.flops + sum(prediction_flops(self.features[task]) for task in group)
+        search, report = (
+            tuple(estimate_task(fit.beta, self.features[task], self._halves[task][half]) for task in group)
+            for half in (0, 1)
+        )
+        estimate = GroupEstimate(group, search, report, regularization, fit.iterations, flops)
+        self.fits += 1
+        self.flops += flops
+        self.cache[group] = estimate
+        return estimate
+
+    def tasks(self, partition: Iterable[Iterable[int]], half: Half) -> list[Estimate]:
+        """The estimate of every task under its own group, in the tasks' order.
+
+        A partition that does not hold every task exactly once is a `ValueError`.
+        """
+        found: dict[int, Estimate] = {}
+        count = 0
+        for members in partition:
+            estimate = self.group(members)
+            count += len(estimate.members)
+            found.update(zip(estimate.members, estimate.half(half), strict=True))
+        if count != len(self) or len(found) != len(self):
+            raise ValueError(f"a partition must hold each of the {len(self)} tasks once")
+        return [found[task] for task in range(len(self))]
+
+    def objective(self, partition: Iterable[Iterable[int]], metric: Metric = "loss", half: Half = "search") -> float:
+        """Mean over tasks of the estimated loss in nats (DESIGN section 2.5), the smaller the better.
+
+        For `accuracy`: mean of 1 − accuracy, plus 1e-4 of the mean loss, which orders partitions of equal accuracy.
+        """
+        estimates = self.tasks(partition, half)
+        loss = sum(estimate.loss for estimate in estimates) / len(estimates)
+        if metric == "loss":
+            return loss
+        return sum(1.0 - estimate.accuracy for estimate in estimates) / len(estimates) + LOSS_TIE_BREAK * loss
+
+    def _group(self, members: Iterable[int]) -> Group:
+        group = tuple(sorted({int(task) for task in members}))
+        if not group or group[0] < 0 or group[-1] >= len(self.features):
+            raise IndexError(f"group {group} of {len(self.features)} tasks")
+        return group

@@ -1,0 +1,78 @@
+"""What the estimator knows about a task: projected gradients, margins and class scores at θ₀.
+
+Notation of Li et al. 2025 (ACL 2025, arXiv 2505.21930) and of GradEx (arXiv 2409.19458), DESIGN section 2: φ(x) =
+Pᵀ∇f(x) in ℝᵈ, f the margin of the right label, s_k the score of label k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_ensemble.errors import RunError
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.signedinteger[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskFeatures:
+    """One task as its gradients: N training examples, V validation examples, K labels, d projected dimensions.
+
+    - `train_features` (N, d) float32: φ(x) of the margin;
+    - `train_margins` (N,): f₀(x), the margin at θ₀, in nats;
+    - `validation_scores` (V, K): raw label scores s_k(x) at θ₀, in nats;
+    - `validation_features` (V, K, d): projected gradients of s_k − s_0, so `[:, 0]` is zero;
+    - `validation_labels` (V,) integers in [0, K).
+
+    Shapes that do not fit, or labels out of range, are a `ValueError`; values that are not finite are a `RunError` that
+    names the task, since they come from a gradient pass that went wrong.
+    """
+
+    name: str
+    train_features: FloatArray
+    train_margins: FloatArray
+    validation_scores: FloatArray
+    validation_features: FloatArray
+    validation_labels: IntArray
+
+    def __post_init__(self) -> None:
+        expected = (*self.validation_scores.shape, self.dim)
+        if self.train_margins.shape != (self.examples,) or self.examples == 0:
+            raise ValueError(f"task '{self.name}': {self.train_margins.shape} margins for {self.examples} examples")
+        if self.validation_features.shape != expected or len(expected) != 3 or expected[1] < 2:
+            raise ValueError(
+                f"task '{self.name}': validation features {self.validation_features.shape}, expected {expected}"
+            )
+        if self.validation_labels.shape != expected[:1]:
+            raise ValueError(f"task '{self.name}': {self.validation_labels.shape} labels, expected {expected[:1]}")
+        if np.any((self.validation_labels < 0) | (self.validation_labels >= expected[1])):
+            raise ValueError(f"task '{self.name}': a validation label is outside 0..{expected[1] - 1}")
+        for field in ("train_features", "train_margins", "validation_scores", "validation_features"):
+            if not np.isfinite(getattr(self, field)).all():
+                raise RunError(f"task '{self.name}': {field} of the gradient store holds values that are not finite")
+
+    @property
+    def examples(self) -> int:
+        """Number N of training examples."""
+        return int(self.train_features.shape[0])
+
+    @property
+    def dim(self) -> int:
+        """Projected dimension d."""
+        return int(self.train_features.shape[1])
+
+
+def validation_halves(count: int) -> tuple[IntArray, IntArray]:
+    """Split `count` validation examples in two: even indices for search and λ, odd ones for weights and report.
+
+    Returns int64 index arrays of lengths ⌈count/2⌉ and ⌊count/2⌋. Fewer than two examples are a `ValueError`, since a
+    half would be empty. The examples are the first ones of a shuffled split, so parity is as good as a draw and needs
+    no seed.
+    """
+    if count < 2:
+        raise ValueError(f"a validation set of {count} cannot be split in two halves")
+    return np.arange(0, count, 2, dtype=np.int64), np.arange(1, count, 2, dtype=np.int64)

@@ -1,0 +1,47 @@
+"""The table of a run: every model on every dataset, the means, and paired differences against one adapter on everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_ensemble.evaluation.metrics import losses_and_hits, metric, paired_difference
+
+_COMPARED = (("ensemble", "qlora_all"), ("group", "qlora_all"), ("merged", "ensemble"))
+
+
+def summarise(
+    outputs: Mapping[str, Mapping[str, NDArray[Any]]], labels: Mapping[str, NDArray[np.integer[Any]]], seed: int = 0
+) -> dict[str, Any]:
+    """The `tasks`, `mean` and `paired` parts of `metrics.json`.
+
+    Args:
+        outputs: task -> model -> scores (N, K) on the test split.
+        labels: task -> (N,).
+        seed: of the bootstrap.
+    """
+    tasks = {
+        name: {model: metric(scores, labels[name], seed) for model, scores in models.items()}
+        for name, models in outputs.items()
+    }
+    models = list(next(iter(tasks.values())))
+    mean = {
+        model: {
+            "loss": float(np.mean([tasks[name][model]["loss"] for name in tasks])),
+            "accuracy": float(np.mean([tasks[name][model]["accuracy"] for name in tasks])),
+            "n": sum(tasks[name][model]["n"] for name in tasks),
+        }
+        for model in models
+    }
+    paired = {}
+    for ours, other in _COMPARED:
+        pair = {}
+        for place, what in enumerate(("loss", "accuracy")):
+            a = [losses_and_hits(outputs[name][ours], labels[name])[place] for name in outputs]
+            b = [losses_and_hits(outputs[name][other], labels[name])[place] for name in outputs]
+            pair[what] = paired_difference(a, b, seed)
+        paired[f"{ours}_vs_{other}"] = pair
+    return {"tasks": tasks, "mean": mean, "paired": paired}

@@ -1,0 +1,285 @@
+"""The search for the best groups: Ray Tune over the number of groups, partition seeds and clustering methods.
+
+A trial clusters the affinity, improves the partition by local search on the estimated objective, and reports it.
+Trials share features (once in the object store) and fits (one actor, with a dictionary in front in every process);
+actors are reused. Every number depends on the inputs alone, never on how many trials run at once, which of them
+fitted a group, or on stops.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from ray_ensemble.config import JobConfig, TrainingConfig
+from ray_ensemble.errors import RunError
+from ray_ensemble.estimator.affinity import affinity, sample_subsets
+from ray_ensemble.estimator.budget import choose_regularization
+from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate, Metric
+from ray_ensemble.estimator.features import TaskFeatures
+from ray_ensemble.files import write_json, write_text
+from ray_ensemble.grouping.cases import run_case, search_cases
+from ray_ensemble.grouping.fitlog import FitLog, Reference, fingerprint
+from ray_ensemble.grouping.result import SearchResult, best_result
+
+Progress = Callable[[int, int], None]
+
+COLUMNS = ["m", "method", "seed", "objective", "accuracy", "start_objective", "seconds", "fits", "partition"]
+TRIAL_RETRIES = 3  # of a trial whose node or process went away
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every trial needs, put in the object store once."""
+
+    features: tuple[TaskFeatures, ...]
+    training: TrainingConfig
+    regularization: float
+    metric: Metric
+    similarity: NDArray[np.float64]
+
+
+class _Shared:
+    """The actor that trials share: a reference to the inputs and all fits so far, in the order in which they came."""
+
+    def __init__(self, inputs: list[Any], known: list[GroupEstimate]) -> None:
+        self._inputs = inputs
+        self._known: dict[Group, GroupEstimate] = {}
+        for estimate in known:
+            self.add(estimate)
+
+    def inputs(self) -> list[Any]:
+        return self._inputs
+
+    def add(self, estimate: GroupEstimate) -> None:
+        self._known.setdefault(estimate.members, estimate)
+
+    def get(self, members: Group) -> GroupEstimate | None:
+        return self._known.get(members)
+
+    def since(self, count: int) -> list[GroupEstimate]:
+        return list(self._known.values())[count:]
+
+
+class _SharedCache(dict[Group, GroupEstimate]):
+    """The dictionary in front of the actor. A group missed by both is fitted here and told there."""
+
+    def __init__(self, shared: Any) -> None:
+        super().__init__()
+        self._shared = shared
+        self._pulled = 0
+
+    def get(self, members: Group, default: Any = None) -> Any:
+        if members not in self:
+            found = ray.get(self._shared.get.remote(members))
+            if found is None:
+                return default
+            super().__setitem__(members, found)
+        return self[members]
+
+    def __setitem__(self, members: Group, estimate: GroupEstimate) -> None:
+        super().__setitem__(members, estimate)
+        self._shared.add.remote(estimate)
+
+    def pull(self) -> None:
+        """Take over what others fitted; calls of one process are served in order, so all that it told has arrived."""
+        new = ray.get(self._shared.since.remote(self._pulled))
+        self._pulled += len(new)
+        for estimate in new:
+            super().__setitem__(estimate.members, estimate)
+
+
+class _Trial(tune.Trainable):  # type: ignore[misc]
+    """One trial of the search, in an actor that serves many."""
+
+    def setup(self, config: dict[str, Any], shared: Any) -> None:
+        self._inputs: _Inputs = ray.get(ray.get(shared.inputs.remote())[0])
+        self._cache = _SharedCache(shared)
+        inputs = self._inputs
+        self._estimator = Estimator(inputs.features, inputs.training, inputs.regularization, self._cache)
+        self._case = config["case"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._case = new_config["case"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        started, fits = time.perf_counter(), self._estimator.fits
+        self._cache.pull()
+        with threadpool_limits(limits=1):
+            result = run_case(self._case, self._estimator, self._inputs.similarity, self._inputs.metric)
+        self._cache.pull()
+        seconds = time.perf_counter() - started
+        return {**result, "seconds": seconds, "fits": self._estimator.fits - fits, "done": True}
+
+
+def run_search(
+    features: Sequence[TaskFeatures],
+    config: JobConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    concurrency: int | None = None,
+) -> SearchResult:
+    """Find the groups: writes `affinity.json`, `partition.json` and `search/` into `folder`. Ray must be initialised.
+
+    `progress(done, total)` is called after every trial; `concurrency` bounds the trials that run at once (each has
+    one CPU). A search of the same inputs that was stopped goes on; one of other inputs is replaced.
+    `result.best_result` tells which trial wins. Settings that do not fit the tasks are an `InputError`, failed trials
+    a `RunError`.
+    """
+    started = time.perf_counter()
+    cases = search_cases(config.search, len(features))
+    path = folder / "search"
+    with threadpool_limits(limits=1):  # the same bits on any number of cores
+        fits = FitLog(path / "fits.jsonl", fingerprint(features, config))
+        if fits.reference is None:
+            shutil.rmtree(path, ignore_errors=True)
+        seed, metric = config.estimator.seed, config.search.objective
+        subsets = sample_subsets(len(features), config.estimator.subsets, config.estimator.subset_size, seed)
+        reference = fits.reference or _reference(features, config, subsets)
+        fits.start(reference)
+        cache: MutableMapping[Group, GroupEstimate] = dict(fits.known)
+        estimator = Estimator(features, config.training, reference.regularization, cache)
+        similarity = affinity(estimator, subsets, metric, seed)
+        write_json(folder / "affinity.json", similarity.to_json())
+        for references in ([range(len(features))], [[task] for task in range(len(features))]):
+            estimator.objective(references)  # everything together, and each alone, are told beside the result
+        fits.add(cache.values())
+
+        inputs = _Inputs(estimator.features, config.training, reference.regularization, metric, similarity.symmetric())
+        table = _run_trials(inputs, cases, path, fits, progress=progress, concurrency=concurrency)
+        cache.update(fits.known)
+        result = best_result(table, estimator, similarity, fits)
+        write_json(folder / "partition.json", result.to_json())
+        return replace(result, seconds=time.perf_counter() - started)
+
+
+def _reference(features: Sequence[TaskFeatures], config: JobConfig, subsets: Sequence[Group]) -> Reference:
+    setting = config.estimator.regularization
+    if setting != "auto":
+        return Reference(setting, 0)
+    choice = choose_regularization(features, config.training, subsets, config.estimator.seed)
+    return Reference(choice.value, choice.flops)
+
+
+class _OnTrial(tune.Callback):  # type: ignore[misc]
+    """After every trial: save the new fits and tell the progress.
+
+    Tune pickles its callbacks with the experiment and unpickles them when it goes on, so that this one holds nothing;
+    the function to call is looked up by the experiment's path.
+    """
+
+    listeners: dict[str, Callable[[int], None]] = {}  # noqa: RUF012 (shared by all of them on purpose)
+
+    def __init__(self, experiment: str) -> None:
+        self._experiment = experiment
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        listener = self.listeners.get(self._experiment)
+        if listener is not None:
+            # Tune calls before it marks the trial itself as finished.
+            listener(sum(1 for other in trials if other is trial or other.is_finished()))
+
+
+def _run_trials(
+    inputs: _Inputs,
+    cases: list[dict[str, Any]],
+    path: Path,
+    fits: FitLog,
+    *,
+    progress: Progress | None,
+    concurrency: int | None,
+) -> list[dict[str, Any]]:
+    """Run or go on with the Tune experiment under `path`; returns Tune's table, a row per trial, sorted."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Shared)
+    shared = actor.remote([ray.put(inputs)], list(fits.known.values()))
+    pulled = len(fits.known)
+    experiment = str(path.resolve() / "tune")
+
+    def on_trial(done: int) -> None:
+        nonlocal pulled
+        new = ray.get(shared.since.remote(pulled))
+        pulled += len(new)
+        fits.add(new)
+        if progress is not None:
+            progress(done, len(cases))
+
+    _OnTrial.listeners[experiment] = on_trial
+    try:
+        with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
+            results = _tuner(shared, cases, experiment, concurrency).fit()
+        on_trial(len(cases))
+    finally:
+        del _OnTrial.listeners[experiment]
+        ray.kill(shared)
+    if results.errors:
+        raise RunError(f"{len(results.errors)} of {len(cases)} search trials failed; the first: {results.errors[0]}")
+    table = results.get_dataframe()[COLUMNS].sort_values(["m", "method", "seed"])
+    if len(table) != len(cases):
+        raise RunError(f"the search ended with {len(table)} trials of {len(cases)}; remove {path} to start it again")
+    write_text(path / "trials.csv", table.to_csv(index=False))
+    rows: list[dict[str, Any]] = table.to_dict("records")
+    return rows
+
+
+def _tuner(shared: Any, cases: list[dict[str, Any]], experiment: str, concurrency: int | None) -> Any:
+    """A tuner for the experiment: restored where it was stopped, fresh otherwise."""
+    trainable = tune.with_resources(tune.with_parameters(_Trial, shared=shared), {"CPU": 1})
+    space = {"case": tune.grid_search(cases)}
+    folder = Path(experiment)
+    # A kill before Tune's first snapshot leaves a tuner without trials.
+    if tune.Tuner.can_restore(experiment) and any(folder.glob("experiment_state*.json")):
+        return tune.Tuner.restore(experiment, trainable, param_space=space, restart_errored=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,
+            max_concurrent_trials=concurrency,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            callbacks=[_OnTrial(experiment)],
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+
+
+def _trial_name(trial: Any) -> str:
+    case = trial.config["case"]
+    return f"{case['m']:03d}-{case['method']}-{case['seed']}"
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set variables for Tune, which reads them from the environment alone."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,44 @@
+"""The base model, its LoRA adapters, and the label scores that everything else is computed from."""
+
+from ray_ensemble.models.adapters import attach_adapters, draw_initial_adapter, lora_layers, save_adapter
+from ray_ensemble.models.base import (
+    backbone_parameters,
+    default_device,
+    load_base,
+    load_tokenizer,
+    materialise,
+    model_hash,
+    quiet_libraries,
+    resolve_quantization,
+)
+from ray_ensemble.models.scoring import (
+    Batch,
+    LabelRows,
+    label_scores,
+    length_sorted_batches,
+    make_batch,
+    margins,
+    score_loss,
+)
+
+__all__ = [
+    "Batch",
+    "LabelRows",
+    "attach_adapters",
+    "backbone_parameters",
+    "default_device",
+    "draw_initial_adapter",
+    "label_scores",
+    "length_sorted_batches",
+    "load_base",
+    "load_tokenizer",
+    "lora_layers",
+    "make_batch",
+    "margins",
+    "materialise",
+    "model_hash",
+    "quiet_libraries",
+    "resolve_quantization",
+    "save_adapter",
+    "score_loss",
+]

@@ -1,0 +1,115 @@
+"""LoRA adapters: θ₀ drawn once, adapters attached by name, and the canonical names that the projection is keyed by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from ray_ensemble.config import AdapterConfig
+from ray_ensemble.errors import InputError, nearest
+from ray_ensemble.files import whole_folder
+
+
+def draw_initial_adapter(base: PreTrainedModel, config: AdapterConfig, folder: Path) -> None:
+    """Draw θ₀ (A random, B zero) with `config.seed` and save it as a plain PEFT adapter.
+
+    It is drawn once a run and loaded ever after, so that gradients, training and merging mean the same A
+    (DESIGN section 2).
+
+    Raises:
+        InputError: the base has none of `target_modules`.
+    """
+    check_target_modules(base, config)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = get_peft_model(base, lora)
+    with whole_folder(folder) as temporary:
+        save_adapter(model, temporary, "default")
+    model.unload()
+
+
+def check_target_modules(base: PreTrainedModel, config: AdapterConfig) -> None:
+    """Refuse, naming the linear modules that the base has, when one of `target_modules` matches none."""
+    names = sorted(
+        {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)} - {"lm_head"}
+    )
+    for target in config.target_modules:
+        if target == "all-linear" or any(
+            name == target or name.endswith(f".{target}") for name, _ in base.named_modules()
+        ):
+            continue
+        raise InputError(
+            f"adapter.target_modules: the base has no module '{target}'{nearest(target, names)} "
+            f"(its linear modules: {', '.join(names)})"
+        )
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def attach_adapters(base: PreTrainedModel, folders: Mapping[str, Path], trainable: str | None = None) -> PeftModel:
+    """Load saved adapters side by side on one base; `trainable` names the one whose parameters get gradients.
+
+    Raises:
+        InputError: an adapter folder is missing or damaged; it is named.
+    """
+    model: PeftModel | None = None
+    for name, folder in folders.items():
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=name == trainable)
+            else:
+                model.load_adapter(folder, adapter_name=name, is_trainable=name == trainable)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"{folder}: cannot load this adapter ({' '.join(str(error).split())[:200]})") from None
+    if model is None:
+        raise ValueError("attach_adapters needs at least one adapter")
+    model.eval()
+    return model
+
+
+def save_adapter(model: PeftModel, folder: Path, name: str) -> None:
+    """Save adapter `name` flat into `folder` (adapter_config.json, adapter_model.safetensors), as PEFT and vLLM load it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, selected_adapters=[name], safe_serialization=True)
+    nested = folder / name
+    if nested.is_dir():  # PEFT puts every adapter but "default" into a folder of its own
+        for file in nested.iterdir():
+            file.replace(folder / file.name)
+        nested.rmdir()
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted modules by canonical name: the base's own module name, with its global layer index.
+
+    Canonical names key the projection (DESIGN section 2.2), so they must not depend on wrapping or sharding.
+    """
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise InputError("adapter.target_modules: no LoRA layer was made")
+    return layers
+
+
+def refuse_unsupported(model: PeftModel, name: str) -> None:
+    """Refuse adapters whose per-example gradients are not those of plain LoRA (DoRA, LoRA biases)."""
+    config = model.peft_config[name]
+    if getattr(config, "use_dora", False):
+        raise InputError("DoRA adapters are not supported: their gradients are not those of B·A alone; use plain LoRA")
+    if getattr(config, "lora_bias", False):
+        raise InputError("LoRA biases are not supported; use lora_bias=False")

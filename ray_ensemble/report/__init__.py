@@ -1,0 +1,8 @@
+"""The report of a run: one self-contained HTML page with its plots, and the summary that ends `ray-ensemble run`."""
+
+from __future__ import annotations
+
+from ray_ensemble.report.terminal import terminal_summary
+from ray_ensemble.report.write import write_report
+
+__all__ = ["terminal_summary", "write_report"]

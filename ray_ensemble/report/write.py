@@ -1,0 +1,50 @@
+"""Writes `report.html` and `plots/*.png` of a run folder; the same inputs give the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ray_ensemble.files import whole_folder, write_text
+from ray_ensemble.report import figures, figures_run
+from ray_ensemble.report.load import load_run
+from ray_ensemble.report.markup import Html, figure, paragraph, picture
+from ray_ensemble.report.page import page
+from ray_ensemble.report.theme import DARK, LIGHT, render
+
+_FIGURES = (
+    figures.test_bars,
+    figures.affinity_map,
+    figures_run.search_plot,
+    figures_run.training_curves,
+    figures.estimates,
+    figures_run.cost_bars,
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write the report of a finished run.
+
+    Args:
+        folder: a run folder in which every stage before the report is whole. `report.html` and `plots/` are written
+            there; what those held before is replaced.
+
+    Returns:
+        The path of `report.html`. The page needs no network and no scripts.
+
+    Raises:
+        InputError: a file that the report needs is missing or damaged; it is named.
+    """
+    data = load_run(folder)
+    drawn: dict[str, Html] = {}
+    with whole_folder(folder / "plots") as plots:
+        for make in _FIGURES:
+            made = make(data)
+            if isinstance(made, figures.Missing):
+                drawn[made.name] = paragraph(made.reason, class_="note")
+                continue
+            light = render(made.draw, LIGHT)
+            (plots / f"{made.name}.png").write_bytes(light)
+            drawn[made.name] = figure(picture(light, render(made.draw, DARK), made.caption), made.caption)
+    path = folder / "report.html"
+    write_text(path, page(data, drawn))
+    return path

@@ -1,0 +1,198 @@
+"""A run's folder: one resolved config, one owner at a time, and a manifest for every stage that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray_ensemble.config import JobConfig, dump_config, flatten, load_config
+from ray_ensemble.errors import InputError
+from ray_ensemble.files import read_json, sha256_file, write_json, write_text
+
+LEASE_SECONDS = 60.0
+_BEAT_SECONDS = 10.0
+
+STAGES = ("plan", "tasks", "gradients", "search", "train", "ensemble", "evaluate", "report")
+
+# Keys of the job that each stage depends on, besides those of the stages before it. A prefix stands for all below it.
+_DEPENDS: dict[str, tuple[str, ...]] = {
+    "plan": ("model.", "adapter."),
+    "tasks": ("tasks.", "limits."),
+    "gradients": ("gradients.",),
+    "search": ("estimator.", "search.", "training.epochs", "training.min_steps", "training.batch_size"),
+    "train": ("training.", "boosting."),
+    "ensemble": ("ensemble.",),
+    "evaluate": (),
+    "report": (),
+}
+# Keys that say how fast a result comes, not what it is.
+_FREE = (
+    "gradients.replicas",
+    "training.concurrency",
+    "training.cpus",
+    "training.gpus",
+    "training.max_failures",
+    "training.checkpoint_every",
+)
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder; it is made if it is not there.
+        config: the job that runs in it.
+        redo: recompute what depends on keys that have changed instead of refusing them.
+
+    Raises:
+        InputError: the folder cannot be written, or belongs to another job.
+    """
+
+    def __init__(self, path: str | Path, config: JobConfig, redo: bool = False) -> None:
+        self.path = Path(path).resolve()
+        self.config = config
+        self._check_writable()
+        self._claim_config(redo)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def whole(self, stage: str) -> bool:
+        """Whether `stage` has run to its end here and every file that it lists is still what it was."""
+        manifest = self._manifest_path(stage)
+        if not manifest.exists():
+            return False
+        for name, digest in read_json(manifest, "manifest")["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                print(f"{file}: missing; the {stage} stage runs again", flush=True)
+                return False
+            if sha256_file(file) != digest:
+                print(
+                    f"{file}: damaged (its SHA-256 is not the recorded one); the {stage} stage runs again", flush=True
+                )
+                return False
+        return True
+
+    def finish(self, stage: str, files: Iterable[Path], facts: dict[str, Any]) -> None:
+        """Write the manifest that makes `stage` whole: hashes of its files, and what it cost."""
+        listed = {str(file.relative_to(self.path)): sha256_file(file) for file in files}
+        write_json(self._manifest_path(stage), {"stage": stage, **facts, "files": listed})
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """The manifest of a finished stage."""
+        found: dict[str, Any] = read_json(self._manifest_path(stage), "manifest")
+        return found
+
+    def forget_from(self, stage: str) -> None:
+        """Drop the manifests of `stage` and of all after it, so that they run again."""
+        for name in STAGES[STAGES.index(stage) :]:
+            self._manifest_path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Own the folder: a heartbeat file that expires after 60 s, or at once if its owner is dead on this machine.
+
+        Raises:
+            InputError: another living run owns the folder.
+        """
+        file = self.path / "lease.json"
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+        if file.exists():
+            _refuse_living_owner(file, owner)
+        stop = threading.Event()
+
+        def beat() -> None:
+            while True:
+                write_json(file, {**owner, "heartbeat": time.time()})
+                if stop.wait(_BEAT_SECONDS):
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            file.unlink(missing_ok=True)
+
+    def _manifest_path(self, stage: str) -> Path:
+        return self.path / "manifests" / f"{stage}.json"
+
+    def _check_writable(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"--output {self.path}: cannot be written ({error.strerror})") from None
+
+    def _claim_config(self, redo: bool) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            if any(child.name not in ("lease.json",) for child in self.path.iterdir()):
+                raise InputError(
+                    f"--output {self.path}: not empty and not a run folder (no config.yaml); choose another folder"
+                )
+            write_text(file, dump_config(self.config))
+            return
+        before, after = flatten(load_config(file)), flatten(self.config)
+        changed = [
+            key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key) and key not in _FREE
+        ]
+        if changed and not redo:
+            shown = ", ".join(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in changed[:5])
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise InputError(
+                f"--output {self.path}: belongs to a run with another config ({shown}{more}); choose another folder, "
+                "or give --redo to recompute what depends on it"
+            )
+        if changed:
+            self.forget_from(min((_stage_of(key) for key in changed), key=STAGES.index))
+        if before != after:
+            write_text(file, dump_config(self.config))
+
+
+def _stage_of(key: str) -> str:
+    """The first stage that depends on a key."""
+    for stage in STAGES:
+        if any(key == name or (name.endswith(".") and key.startswith(name)) for name in _DEPENDS[stage]):
+            return stage
+    return STAGES[0]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _refuse_living_owner(file: Path, owner: dict[str, Any]) -> None:
+    try:
+        held = read_json(file, "lease")
+        age = time.time() - float(held["heartbeat"])
+        same_host = held["host"] == owner["host"]
+        alive = _process_start(int(held["pid"])) == held["started"] if same_host else age < LEASE_SECONDS
+    except (InputError, KeyError, TypeError, ValueError):
+        return  # a lease that was cut short has no living owner's heartbeat
+    if alive and held["pid"] != owner["pid"]:
+        raise InputError(
+            f"{file.parent}: another run owns this folder (process {held['pid']} on {held['host']}, heartbeat {age:.0f} s ago); "
+            "wait for it or choose another folder"
+        )
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this machine started, in clock ticks since boot, or None if there is none of that number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

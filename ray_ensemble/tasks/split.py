@@ -1,0 +1,69 @@
+"""Splits for sources that have none, and samples of splits: pure functions of the examples and a seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ray_ensemble.tasks.task import Example, Split
+
+TRAIN_CAP, VALIDATION_CAP, TEST_CAP = 2000, 500, 1000
+
+
+def drop_repeats(examples: Sequence[Example], fields: Sequence[str]) -> list[Example]:
+    """Keep the first of the examples that agree in `fields`, or none of them where their labels differ.
+
+    Fields are compared without case and with every run of blanks as one.
+    """
+    keys = [tuple(" ".join(example.fields[name].casefold().split()) for name in fields) for example in examples]
+    labels: dict[tuple[str, ...], set[int]] = {}
+    for key, example in zip(keys, examples, strict=True):
+        labels.setdefault(key, set()).add(example.label)
+    first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+    return [
+        example
+        for place, (key, example) in enumerate(zip(keys, examples, strict=True))
+        if len(labels[key]) == 1 and first[key] == place
+    ]
+
+
+def draw_splits(
+    examples: Sequence[Example], seed: int, wanted: Sequence[Split], train_cap: int | None = None
+) -> dict[Split, tuple[Example, ...]]:
+    """Shuffle with `seed`, then cut `wanted` splits and the train split, each with the labels' shares of the whole.
+
+    Validation gets a fifth of the examples and at most 500, test three tenths and at most 1,000 (nothing if not in
+    `wanted`), train the rest and at most `train_cap`.
+    """
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(examples))
+    shuffled = [examples[i] for i in order]
+    total = Counter(example.label for example in shuffled)
+    seen: Counter[int] = Counter()
+    places = []
+    for example in shuffled:
+        places.append((seen[example.label] + 0.5) / total[example.label])
+        seen[example.label] += 1
+    # Every label is spread evenly over [0, 1), so any stretch of this order has the labels' shares to within one.
+    spread = sorted(range(len(shuffled)), key=lambda i: (places[i], i))
+    sizes: dict[Split, int] = {
+        "validation": min(len(spread) // 5, VALIDATION_CAP) if "validation" in wanted else 0,
+        "test": min(len(spread) * 3 // 10, TEST_CAP) if "test" in wanted else 0,
+    }
+    splits: dict[Split, tuple[Example, ...]] = {}
+    start = 0
+    for split, size in sizes.items():
+        splits[split] = tuple(shuffled[i] for i in sorted(spread[start : start + size]))
+        start += size
+    stop = len(spread) if train_cap is None else start + train_cap
+    train = tuple(shuffled[i] for i in sorted(spread[start:stop]))
+    return {"train": train, **{split: splits[split] for split in wanted}}
+
+
+def sample(examples: Sequence[Example], size: int | None, seed: int = 0) -> tuple[Example, ...]:
+    """`size` random examples (all where `size` is None) in their order; a smaller sample is part of a larger one."""
+    if size is None or size >= len(examples):
+        return tuple(examples)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(examples))
+    return tuple(examples[i] for i in sorted(order[:size].tolist()))
