@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from ray_ensemble.config import JobConfig, load_config
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, sha256_file, write_json
-from ray_ensemble.progress import console
+from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
-from ray_ensemble.runtime import peak_memory_bytes, prepare_environment, ray_session
+from ray_ensemble.runtime import prepare_environment, ray_session
 from ray_ensemble.tasks import EncodedTask, Task, encode_task, load_tasks
 from ray_ensemble.version import __version__
 
@@ -216,11 +216,13 @@ class _Stages:
         from ray_ensemble.grouping import run_search
 
         self._need_ray()
-        found = run_search(_features(GradientStore.open(self.folder / "gradients")), self.config, self.folder.path)
+        features = _features(GradientStore.open(self.folder / "gradients"))
+        with Bar("search", self.config.search.trials, "trials") as bar:
+            found = run_search(features, self.config, self.folder.path, progress=bar.reach)
         for group in found.groups:
             console.print(f"  group: {', '.join(group)}", markup=False)
         files = [self.folder / "affinity.json", self.folder / "partition.json", self.folder / "search" / "trials.csv"]
-        return files, {"flops": found.flops, "peak_memory_bytes": peak_memory_bytes(), "fits": found.fits}
+        return files, {"flops": found.flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
 
     def train(self) -> Outcome:
         """One adapter a group, and the baseline on everything with the same total of steps, all side by side."""

@@ -74,6 +74,13 @@ class Bar:
         elif time.monotonic() - self._spoken > _LINE_EVERY and self._done < self._total:
             self._say()
 
+    def reach(self, done: int, total: int) -> None:
+        """Say that `done` of `total` units are done; for work that learns its total on the way."""
+        self._total = total
+        if self._live is not None and self._id is not None:
+            self._live.update(self._id, total=total)
+        self.advance(done - self._done)
+
     def _rate(self) -> float:
         return (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
 

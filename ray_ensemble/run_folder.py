@@ -110,11 +110,10 @@ class RunFolder:
         stop = threading.Event()
 
         def beat() -> None:
-            while True:
+            while not stop.wait(_BEAT_SECONDS):
                 write_json(file, {**owner, "heartbeat": time.time()})
-                if stop.wait(_BEAT_SECONDS):
-                    return
 
+        write_json(file, {**owner, "heartbeat": time.time()})
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:

@@ -22,7 +22,7 @@ __all__ = ["SearchResult", "group_counts", "run_search"]
 def __getattr__(name: str) -> Any:
     """Import Ray only for who searches."""
     if name == "run_search":
-        from ray_ensemble.grouping.search import run_search  # noqa: PLC0415
+        from ray_ensemble.grouping.search import run_search
 
         return run_search
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

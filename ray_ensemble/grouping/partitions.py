@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ Partition = tuple[Group, ...]
 Objective = Callable[[Partition], float]
 
 MARGIN = 1e-9  # an improvement below this is rounding: taking it would let two machines part ways, or walk in circles
+FRUITLESS_SWEEPS = 3  # over a sample of the neighbours, before a local search gives up
+KICK_CHANGES = 2  # of a kick: one is undone by the first sweep, many forget what was found
 
 
 @dataclass(frozen=True)
@@ -140,25 +142,49 @@ def improve(
     objective: Objective,
     *,
     seed: int = 0,
-    sweeps: int = 20,
+    kicks: int = 5,
     neighbours: int = 160,
     evaluations: int = 2000,
     guide: NDArray[np.float64] | None = None,
 ) -> Improved:
     """Local search by moves and swaps that keeps the number of groups and never worsens the objective.
 
-    Each sweep visits the neighbours in an order drawn with `seed` and takes every one that is better by more than
-    1e-9 as it comes (first improvement); it ends with a sweep without any, or after `sweeps` sweeps or `evaluations`
-    neighbours. Where there are more than `neighbours` of them a sweep only tries that many: half the most promising
-    by `guide`, a symmetric affinity (n, n), and half drawn at random (all drawn where there is no guide).
-    Deterministic in its arguments.
+    A sweep visits the neighbours in an order drawn with `seed` and takes every one that is better by more than 1e-9 as it
+    comes (first improvement), until a sweep finds none. From the local optimum the search starts again `kicks` times after
+    two random changes and keeps what is better (iterated local search), all within `evaluations` neighbours. Where there
+    are more than `neighbours` of them a sweep only tries that many: half the most promising by `guide`, a symmetric
+    affinity (n, n), and half drawn at random, moves before swaps (all drawn where there is no guide); several such
+    sweeps must find nothing before it ends. Deterministic in its arguments.
     """
     generator = np.random.default_rng(seed)
-    best = objective(partition)
-    spent = 0
-    for _ in range(sweeps):
+    best = _descend(Improved(partition, objective(partition), 0, optimal=False), objective, neighbours, evaluations, guide, generator)
+    for _ in range(kicks):
+        if best.evaluations >= evaluations:
+            break
+        start = perturb(best.partition, KICK_CHANGES, int(generator.integers(2**32)))
+        begun = Improved(start, objective(start), best.evaluations + 1, optimal=False)
+        found = _descend(begun, objective, neighbours, evaluations, guide, generator)
+        better = found if found.objective < best.objective - MARGIN else best
+        best = replace(better, evaluations=found.evaluations)
+    return best
+
+
+def _descend(
+    start: Improved,
+    objective: Objective,
+    neighbours: int,
+    evaluations: int,
+    guide: NDArray[np.float64] | None,
+    generator: np.random.Generator,
+) -> Improved:
+    """Sweep from `start` until nothing better is found or the count of evaluations is reached.
+
+    One sweep over all neighbours tells; of sweeps over some, several in a row must find nothing.
+    """
+    partition, best, spent = start.partition, start.objective, start.evaluations
+    fruitless = 0
+    while True:
         options = changes(partition)
-        whole = len(options) <= neighbours
         improved = False
         for change in _visit(partition, options, neighbours, guide, generator):
             candidate = apply(partition, change)
@@ -170,9 +196,10 @@ def improve(
             spent += 1
             if value < best - MARGIN:
                 partition, best, improved = candidate, value, True
-        if not improved:
+        whole = len(options) <= neighbours
+        fruitless = 0 if improved else fruitless + 1
+        if fruitless >= (1 if whole else FRUITLESS_SWEEPS):
             return Improved(partition, best, spent, optimal=whole)
-    return Improved(partition, best, spent, optimal=False)
 
 
 def _visit(
@@ -191,7 +218,8 @@ def _visit(
     # Scoring is cheap but not free, and swaps grow with n²: many more than are tried need not be scored.
     pool = order[: 20 * neighbours]
     gains = np.array([guided_gain(partition, change, guide) for change in pool])
-    promising = np.argsort(-gains, kind="stable")[: neighbours // 2]
-    taken = set(promising.tolist())
-    drawn = [index for index in range(len(pool)) if index not in taken][: neighbours - len(promising)]
-    return [pool[int(index)] for index in promising] + [pool[index] for index in drawn]
+    promising = [pool[int(index)] for index in np.argsort(-gains, kind="stable")[: neighbours // 2]]
+    taken = set(promising)
+    # A swap is two moves that only help together: far from an optimum a random move is the better bet.
+    rest = sorted((change for change in order if change not in taken), key=lambda change: change.swap)
+    return promising + rest[: neighbours - len(promising)]

@@ -29,7 +29,8 @@ class SearchResult:
     - `by_m` has a row for each number of groups, to plot: `m`, `trials`, best `search_objective`, `mean` and `worst`
       over trials, and `objective` of the best;
     - `fits` counts the distinct groups estimated and `flops` the operations of them and of the choice of λ, whether
-      they were done in this call or before a stop; `seconds` are of this call.
+      they were done in this call or before a stop; `seconds` are of this call,
+      and `peak_memory_bytes` is the largest resident set of any one process, this one or a trial's.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -49,6 +50,7 @@ class SearchResult:
     fits: int
     flops: int
     seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The content of `partition.json`; without times, so that equal inputs give equal bytes."""

@@ -9,13 +9,14 @@ fitted a group, or on stops.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -37,7 +38,18 @@ from ray_ensemble.grouping.result import SearchResult, best_result
 
 Progress = Callable[[int, int], None]
 
-COLUMNS = ["m", "method", "seed", "objective", "accuracy", "start_objective", "seconds", "fits", "partition"]
+COLUMNS = [
+    "m",
+    "method",
+    "seed",
+    "objective",
+    "accuracy",
+    "start_objective",
+    "seconds",
+    "fits",
+    "peak_memory_bytes",
+    "partition",
+]
 TRIAL_RETRIES = 3  # of a trial whose node or process went away
 
 
@@ -123,7 +135,8 @@ class _Trial(tune.Trainable):  # type: ignore[misc]
             result = run_case(self._case, self._estimator, self._inputs.similarity, self._inputs.metric)
         self._cache.pull()
         seconds = time.perf_counter() - started
-        return {**result, "seconds": seconds, "fits": self._estimator.fits - fits, "done": True}
+        spent = {"seconds": seconds, "fits": self._estimator.fits - fits, "peak_memory_bytes": _peak_memory_bytes()}
+        return {**result, **spent, "done": True}
 
 
 def run_search(
@@ -164,7 +177,12 @@ def run_search(
         cache.update(fits.known)
         result = best_result(table, estimator, similarity, fits)
         write_json(folder / "partition.json", result.to_json())
-        return replace(result, seconds=time.perf_counter() - started)
+        peak = max(_peak_memory_bytes(), *(int(row["peak_memory_bytes"]) for row in table))
+        return replace(result, seconds=time.perf_counter() - started, peak_memory_bytes=peak)
+
+
+def _peak_memory_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reference(features: Sequence[TaskFeatures], config: JobConfig, subsets: Sequence[Group]) -> Reference:
@@ -182,7 +200,7 @@ class _OnTrial(tune.Callback):  # type: ignore[misc]
     the function to call is looked up by the experiment's path.
     """
 
-    listeners: dict[str, Callable[[int], None]] = {}  # noqa: RUF012 (shared by all of them on purpose)
+    listeners: ClassVar[dict[str, Callable[[int], None]]] = {}
 
     def __init__(self, experiment: str) -> None:
         self._experiment = experiment

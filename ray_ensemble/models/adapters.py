@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ray_ensemble.config import AdapterConfig
@@ -74,7 +75,7 @@ def attach_adapters(base: PreTrainedModel, folders: Mapping[str, Path], trainabl
                 model = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=name == trainable)
             else:
                 model.load_adapter(folder, adapter_name=name, is_trainable=name == trainable)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder}: cannot load this adapter ({' '.join(str(error).split())[:200]})") from None
     if model is None:
         raise ValueError("attach_adapters needs at least one adapter")

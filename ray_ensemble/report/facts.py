@@ -7,16 +7,17 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ray_ensemble.report.load import RunData
+from ray_ensemble.report.load import RIVALS, RunData
 
 Measure = Literal["loss", "accuracy"]
+MEASURES: tuple[Measure, ...] = ("loss", "accuracy")
 
 FLOPS_PARTS = {
     "gradients": "gradients",
     "search": "search",
-    "groups": "training of the groups",
+    "groups": "training",
     "boosting": "boosting",
-    "ensemble": "validation passes for the weights",
+    "ensemble": "weights",
 }
 
 
@@ -36,21 +37,39 @@ def number(value: Any, digits: int = 3, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def interval(bounds: Any, digits: int = 3, sign: bool = False) -> str:
-    """`[low, high]`, or nothing where there is no interval."""
+def measured(measure: Measure, value: Any, sign: bool = False) -> str:
+    """A loss in nats, or an accuracy in percent."""
+    if measure == "loss" or not isinstance(value, int | float):
+        return number(value, 3, sign)
+    return number(100 * value, 1, sign) + "%"
+
+
+def span(measure: Measure, bounds: Any, digits: int | None = None, sign: bool = False) -> str:
+    """`[low, high]` of a loss in nats or of an accuracy in percent, or nothing where there is no interval."""
     if not isinstance(bounds, list | tuple) or len(bounds) != 2:
         return ""
-    return f"[{number(bounds[0], digits, sign)}, {number(bounds[1], digits, sign)}]"
+    scale, usual = (1, 3) if measure == "loss" else (100, 1)
+    low, high = (number(scale * bound, usual if digits is None else digits, sign) for bound in bounds)
+    return f"[{low}, {high}]" if sign else f"[{low}–{high}]"
+
+
+def change(measure: Measure, value: Any, bounds: Any = None) -> str:
+    """A difference with its interval: of losses in nats, of accuracies in percentage points."""
+    if not isinstance(value, int | float):
+        return "–"
+    text = number(value, 3, True) if measure == "loss" else f"{number(100 * value, 1, True)} points"
+    return f"{text} {span(measure, bounds, sign=True)}".rstrip()
 
 
 def seconds(value: Any) -> str:
-    """A duration: seconds below two minutes, minutes and hours above."""
+    """A duration: seconds below two minutes, then minutes and seconds, then hours and minutes."""
     if not isinstance(value, int | float):
         return "–"
     if value < 120:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    minutes = round(value / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if value < 7200:
+        return f"{round(value) // 60} min {round(value) % 60:02d} s"
+    return f"{round(value / 60) // 60} h {round(value / 60) % 60:02d} min"
 
 
 def size(value: Any) -> str:
@@ -98,8 +117,7 @@ class Comparison:
 
     def text(self) -> str:
         """The difference with its interval."""
-        span = f" {interval(self.interval, sign=True)}" if self.interval else ""
-        return f"{number(self.difference, sign=True)}{span}"
+        return change(self.measure, self.difference, self.interval)
 
 
 def comparison(data: RunData, measure: Measure) -> Comparison | None:
@@ -128,6 +146,19 @@ def worse(data: RunData, measure: Measure, over: str = "qlora_all") -> list[tupl
     """Datasets on which the ensemble is worse than `over` and by how much, the worst first."""
     found = [(task, gain(data, task, measure, over)) for task in data.order]
     return sorted(((task, -by) for task, by in found if by is not None and by < 0), key=lambda pair: -pair[1])
+
+
+def is_best(data: RunData, task: str | None, variant: str, measure: Measure) -> bool:
+    """Whether a variant is the best of `RIVALS` on a task, or on the mean for None; equals are all best."""
+    rivals = {name: data.measured(task, name).get(measure) for name in RIVALS}
+    known = {name: value for name, value in rivals.items() if isinstance(value, int | float)}
+    return variant in known and known[variant] == (min if measure == "loss" else max)(known.values())
+
+
+def figures(data: RunData, key: str) -> dict[str, float]:
+    """Figures by stage from `metrics.json`: `seconds` or `peak_memory_bytes`; empty where there are none."""
+    found = data.metrics.get(key) or {}
+    return {str(stage): float(value) for stage, value in found.items() if isinstance(value, int | float)}
 
 
 def extremes(data: RunData, limit: int) -> tuple[str, ...]:
@@ -178,7 +209,12 @@ def ratio_parts(data: RunData) -> list[str]:
     reference = flops_reference(data)
     if reference is None:
         return []
-    return [f"{part.name} {part.flops / reference:.2f}" for part in flops_parts(data)]
+    return [f"{part.name} {share(part.flops / reference)}" for part in flops_parts(data)]
+
+
+def share(value: float) -> str:
+    """A part of a ratio with two decimals; what is there but rounds to nothing is told from nothing."""
+    return "<0.01" if 0 < value < 0.005 else number(value, 2)
 
 
 def estimated_and_real(data: RunData) -> list[tuple[str, float, float]]:

@@ -21,6 +21,9 @@ from ray_ensemble.report.theme import WIDTH, Theme, name
 ANNOTATED_TASKS = 12
 NAMED_TASKS = 60  # above this, names on the axes of the heat map would overlap
 BARS_TASKS = 30
+NAMED_POINTS = 20
+
+_PLOT_POINTS = 310  # side of the scatter plot's axes, about, in points of 1/72 inch
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ def _draw_affinity(data: RunData, effect: NDArray[np.float64], theme: Theme) -> 
     if n <= NAMED_TASKS:
         names = [name(task, 20) for task in data.order]
         small = 9.5 if n <= 25 else 6.5
-        axes.set_xticks(range(n), names, rotation=45, ha="left", rotation_mode="anchor", fontsize=small)
+        axes.set_xticks(
+            range(n), names, rotation=45 if n <= 25 else 90, ha="left", rotation_mode="anchor", fontsize=small
+        )
         axes.set_yticks(range(n), names, fontsize=small)
         axes.tick_params(top=True, bottom=False, labeltop=True, labelbottom=False, pad=4)
         axes.tick_params(axis="x", colors=theme.ink)
@@ -205,20 +210,10 @@ def _draw_estimates(data: RunData, pairs: list[tuple[str, float, float]], theme:
             label = name(data.group_name(index)) if len(data.groups) <= 8 else None
             across, up = zip(*of_group, strict=True)
             axes.scatter(across, up, s=46, color=theme.group(index), edgecolors=theme.surface, label=label, zorder=3)
-    if len(pairs) <= 15:
-        for task, estimate, real in pairs:
-            right = estimate < (low + high) / 2
-            offset = (7, -3) if right else (-7, -3)
-            side = "left" if right else "right"
-            axes.annotate(
-                name(task, 20),
-                (estimate, real),
-                offset,
-                textcoords="offset points",
-                ha=side,
-                fontsize=8,
-                color=theme.ink,
-            )
+    if len(pairs) <= NAMED_POINTS:
+        for (task, estimate, real), (offset, side) in zip(pairs, _places(pairs, low, high), strict=True):
+            text, at = name(task, 20), (estimate, real)
+            axes.annotate(text, at, offset, textcoords="offset points", ha=side, va="center", fontsize=8)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
@@ -228,3 +223,33 @@ def _draw_estimates(data: RunData, pairs: list[tuple[str, float, float]], theme:
     if len(data.groups) <= 8:
         axes.legend(loc="upper left", fontsize=8)
     return figure
+
+
+def _places(pairs: list[tuple[str, float, float]], low: float, high: float) -> list[tuple[tuple[int, int], str]]:
+    """For each point where its name goes: the first place around it where it covers no point and no name set before."""
+    scale = _PLOT_POINTS / (high - low)
+    dots = [((x - low) * scale, (y - low) * scale) for _, x, y in pairs]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
+    found = []
+    for (task, _, _), (x, y) in zip(pairs, dots, strict=True):
+        width = 4.8 * min(len(task), 20)
+        options = [((dx, dy), side) for dy in (0, 9, -9, 18, -18, 27, -27) for dx, side in ((8, "left"), (-8, "right"))]
+        boxes = [
+            (
+                x + dx - (width if side == "right" else 0),
+                y + dy - 5,
+                x + dx + (width if side == "left" else 0),
+                y + dy + 5,
+            )
+            for (dx, dy), side in options
+        ]
+        inside = [box[0] > 0 and box[2] < _PLOT_POINTS for box in boxes]
+        free = [not any(_overlap(box, other) for other in taken) for box in boxes]
+        best = next((i for i in range(len(boxes)) if inside[i] and free[i]), 0)
+        taken.append(boxes[best])
+        found.append(options[best])
+    return found
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -10,7 +10,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ray_ensemble.report.facts import FlopsPart, flops_parts, flops_reference, number, operations, seconds
+from ray_ensemble.report.facts import (
+    FlopsPart,
+    figures,
+    flops_parts,
+    flops_reference,
+    number,
+    operations,
+    seconds,
+    share,
+)
 from ray_ensemble.report.figures import Drawing, Missing
 from ray_ensemble.report.load import Curve, RunData
 from ray_ensemble.report.theme import WIDTH, Theme, name
@@ -56,11 +65,10 @@ def _draw_search(data: RunData, by_m: list[dict[str, Any]], theme: Theme) -> Fig
     methods = sorted({trial.method for trial in data.trials})
     for index, method in enumerate(methods):
         shift = (index - (len(methods) - 1) / 2) * 0.08
-        points = [(trial.m + shift, trial.objective) for trial in data.trials if trial.method == method]
+        own = [trial for trial in data.trials if trial.method == method]
+        across, up = [trial.m + shift for trial in own], [trial.objective for trial in own]
         marker, color = MARKERS[index % len(MARKERS)], theme.group(index)
-        axes.scatter(
-            *zip(*points, strict=True), s=26, marker=marker, color=color, alpha=0.8, label=name(method), zorder=3
-        )
+        axes.scatter(across, up, s=26, marker=marker, color=color, alpha=0.8, label=name(method), zorder=3)
     chosen = data.partition.get("search_objective", data.partition.get("objective"))
     m = int(data.partition.get("m", len(data.groups)))
     if isinstance(chosen, int | float):
@@ -127,9 +135,9 @@ def _label(data: RunData, curve: Curve) -> str:
 def cost_bars(data: RunData) -> Drawing | Missing:
     """Operations by stage, stacked, beside those of one QLoRA on all data; and seconds by stage."""
     parts, reference = flops_parts(data), flops_reference(data)
-    times = {str(k): float(v) for k, v in (data.metrics.get("seconds") or {}).items() if isinstance(v, int | float)}
+    times = figures(data, "seconds")
     if (not parts or reference is None) and not times:
-        return Missing("cost", "metrics.json holds neither operations nor seconds, so there is no plot of the cost.")
+        return Missing("cost", "metrics.json holds neither FLOPs nor seconds, so there is no plot of the cost.")
     caption = (
         "Above: floating-point operations of the ensemble, stacked by stage, beside those of one QLoRA on all data; "
         "below: wall-clock seconds of each stage of this run."
@@ -144,12 +152,12 @@ def _draw_cost(parts: list[FlopsPart], reference: float | None, times: dict[str,
     if parts and reference is not None:
         left = 0.0
         for index, part in enumerate(parts):
-            share = part.flops / reference
-            label = f"{part.name} {number(share, 2)}"
+            length = part.flops / reference
+            label = f"{part.name} {share(length)}"
             top.barh(
-                [0], [share], left=left, height=0.55, color=theme.group(index), edgecolor=theme.surface, label=label
+                [0], [length], left=left, height=0.55, color=theme.group(index), edgecolor=theme.surface, label=label
             )
-            left += share
+            left += length
         top.barh([1], [1.0], height=0.55, color=theme.base)
         for row, value in enumerate((left, 1.0)):
             text = f"{number(value, 2)}  ({operations(value * reference)})"
@@ -157,10 +165,10 @@ def _draw_cost(parts: list[FlopsPart], reference: float | None, times: dict[str,
         top.set_xlim(0, 1.25 * max(left, 1.0))
         top.set_yticks([0, 1], ["ensemble", "one QLoRA on all"])
         top.set_ylim(1.5, -0.5)
-        top.set_title("operations, as multiples of one QLoRA on all data")
+        top.set_title("FLOPs, as multiples of one QLoRA on all data")
         top.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.12), ncols=3, fontsize=8)
     else:
-        top.set_title("operations were not counted")
+        top.set_title("FLOPs were not counted")
         top.set_yticks([])
     bottom.barh(range(len(times)), list(times.values()), height=0.6, color=theme.joint)
     for row, value in enumerate(times.values()):

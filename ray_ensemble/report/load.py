@@ -27,6 +27,7 @@ VARIANTS = {
     "ensemble": "ensemble",
     "merged": "ensemble merged",
 }
+RIVALS = ("base", "qlora_all", "ensemble")
 
 
 @dataclass(frozen=True)

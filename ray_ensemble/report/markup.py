@@ -6,7 +6,9 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
-from ray_ensemble.report.theme import DARK, LIGHT, Theme
+from ray_ensemble.report.theme import DARK, DPI, LIGHT, Theme
+
+SHOWN_DPI = 108  # CSS pixels an inch of a figure takes on the page
 
 
 class Html(str):
@@ -87,8 +89,10 @@ def picture(light: bytes, dark: bytes, alt: str) -> Html:
     def uri(data: bytes) -> str:
         return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
+    # Bytes 16 to 19 of a PNG hold its width in pixels; shown at one scale, all figures have letters of one size.
+    width = str(int.from_bytes(light[16:20], "big") * SHOWN_DPI // DPI)
     in_dark = element("source", srcset=uri(dark), media="(prefers-color-scheme: dark)")
-    return element("picture", in_dark, element("img", src=uri(light), alt=alt))
+    return element("picture", in_dark, element("img", src=uri(light), alt=alt, width=width))
 
 
 def figure(content: object, caption: str) -> Html:
@@ -120,7 +124,8 @@ def _variables(theme: Theme, page: str) -> str:
 
 
 def _style() -> str:
-    return f":root{{{_variables(LIGHT, '#f6f5f2')}}}@media(prefers-color-scheme:dark){{:root{{{_variables(DARK, '#121211')}}}}}{_RULES}"
+    light, dark = _variables(LIGHT, "#f6f5f2"), _variables(DARK, "#121211")
+    return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{_RULES}"
 
 
 _RULES = """
@@ -141,18 +146,22 @@ dd{margin:0 0 0 18px;max-width:78ch}
 .muted,small,figcaption{color:var(--muted)}
 .bad{color:var(--hurts);font-weight:600}
 .note{border-left:3px solid var(--line);padding-left:10px;color:var(--muted)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(185px,1fr));gap:12px;margin:18px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:12px;margin:18px 0}
 .tile{padding:14px 16px}
 .tile b{display:block;font-size:25px;line-height:1.2;font-variant-numeric:tabular-nums}
 .tile small{display:block}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto;margin:10px 0 14px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
-th,td{padding:5px 12px 5px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
+th,td{padding:5px 12px 5px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);overflow-wrap:break-word}
 th{color:var(--muted);font-weight:600;vertical-align:bottom;overflow-wrap:normal}
-td:first-child{min-width:8em}
-.n{text-align:right;padding-left:12px;white-space:nowrap}
+td,th{max-width:26em}
+td:first-child{max-width:15em}
+td:nth-child(-n+2){min-width:5em}
+.n{text-align:right;padding-left:12px}
+td.n{white-space:nowrap}
 td small{display:block;font-size:12px}
 tfoot td{border-top:2px solid var(--muted);border-bottom:0;font-weight:600}
+tfoot td{white-space:nowrap}
 tfoot small{font-weight:400}
 td.w{background:color-mix(in srgb,var(--ours) calc(var(--share)*70%),transparent)}
 figure{margin:16px 0 8px}

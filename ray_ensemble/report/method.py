@@ -31,10 +31,11 @@ _TERMS = {
         "“Own group's adapter” is the dataset's own group alone; “merged” is the weighted ensemble folded into one adapter, "
         "which equals the ensemble to first order only."
     ),
-    "Operations (FLOPs) ratio": (
-        "(gradients + search + groups + boosting + validation passes for the weights) / (one QLoRA on all data, same total "
-        "steps and examples as all groups together). Evaluation on test is left out of both. Counted: forward 2·N·tokens, "
-        "backward to activations 2·N·tokens, and the adapters' own terms, N being the parameters without the embedding table."
+    "FLOPs ratio": (
+        "(gradients + search + training of the groups + boosting + validation passes for the weights) / (one QLoRA on all "
+        "data, same total steps and examples as all groups together). Evaluation on test is left out of both. Counted: forward "
+        "2·N·tokens, backward to activations 2·N·tokens, and the adapters' own terms, N being the parameters without the "
+        "embedding table."
     ),
     "Estimate": (
         "Gradients of the margin at the adapters' common start, projected; a group's fine-tuning is modelled as a regularised "

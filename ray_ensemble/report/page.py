@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_ensemble.report import facts
-from ray_ensemble.report.facts import Measure, compact, interval, number, plain
-from ray_ensemble.report.load import VARIANTS, RunData
+from ray_ensemble.report.facts import MEASURES, change, compact, measured, number, plain, span
+from ray_ensemble.report.load import RIVALS, VARIANTS, RunData
 from ray_ensemble.report.markup import Html, bullets, document, element, escape, join, paragraph, section, table
 from ray_ensemble.report.method import configuration, datasets, definitions, validation
 
@@ -59,17 +59,16 @@ def _tiles(data: RunData) -> Html:
         return element("div", label, element("b", value), *(element("small", line) for line in lines), class_="tile")
 
     made = []
-    for measure in ("loss", "accuracy"):
+    for measure in MEASURES:
         ours, joint = (data.measured(None, name).get(measure) for name in ("ensemble", "qlora_all"))
         found = facts.comparison(data, measure)
-        lines = [f"one QLoRA on all: {number(joint)}"]
+        lines = [f"one QLoRA on all: {measured(measure, joint)}"]
         if found:
             lines += [f"difference {found.text()}", found.verdict]
-        made.append(tile(f"Mean test {measure}, ensemble", number(ours), *lines))
+        made.append(tile(f"Ensemble, mean test {measure}", measured(measure, ours), *lines))
     ratio = facts.flops_ratio(data)
-    made.append(tile("Operations, one QLoRA on all = 1", f"{number(ratio, 2)} ×", "test passes of both left out"))
-    times = [v for v in (data.metrics.get("seconds") or {}).values() if isinstance(v, int | float)]
-    peaks = [v for v in (data.metrics.get("peak_memory_bytes") or {}).values() if isinstance(v, int | float)]
+    made.append(tile("FLOPs ratio", f"{number(ratio, 2)} ×", "one QLoRA on all = 1", "evaluation on test left out"))
+    times, peaks = facts.figures(data, "seconds").values(), facts.figures(data, "peak_memory_bytes").values()
     peak = f"peak memory {facts.size(max(peaks))}" if peaks else "peak memory was not measured"
     made.append(tile("Time, all stages", facts.seconds(sum(times)) if times else "–", peak))
     return element("div", *made, class_="tiles")
@@ -78,29 +77,14 @@ def _tiles(data: RunData) -> Html:
 def _result(data: RunData, figures: Figures) -> Html:
     variants = data.variants()
     absent = [VARIANTS[name] for name in VARIANTS if name not in variants]
-    head: list[object] = ["dataset", "group", "n"]
-    for variant in variants:
-        for measure in ("loss", "accuracy"):
-            head.append(
-                join([VARIANTS[variant], element("br"), measure]) if False else f"{VARIANTS[variant]}: {measure}"
-            )
-    rows = []
-    for task in data.order:
-        n = next((data.measured(task, variant).get("n") for variant in variants), None)
-        cells = [plain(task), plain(data.group_name(data.group_of(task))), compact(n) if n is not None else "–"]
-        rows.append([*cells, *_measures(data, task, variants)])
-    total = data.measured(None, "ensemble").get("n")
-    foot = [
-        f"mean of {len(data.order)}",
-        "",
-        compact(total) if total is not None else "",
-        *_measures(data, None, variants),
-    ]
-    parts: list[object] = [table(head, rows, foot, text=2)]
+    parts: list[object] = [_table(data, [name for name in variants if name in RIVALS])]
+    relatives = [name for name in variants if name not in RIVALS]
+    if relatives:
+        parts += [element("h3", "The ensemble's parts and its merged form"), _table(data, relatives)]
     if absent:
         parts.append(paragraph(f"Not measured in this run: {', '.join(absent)}.", class_="note"))
     lines = []
-    for measure in ("loss", "accuracy"):
+    for measure in MEASURES:
         found = facts.comparison(data, measure)
         if found:
             lines.append(f"{measure.capitalize()}, ensemble − one QLoRA on all: {found.text()}: {found.verdict}.")
@@ -110,10 +94,10 @@ def _result(data: RunData, figures: Figures) -> Html:
         if pair != "ensemble_vs_qlora_all" and isinstance(found_pair, dict):
             ours, _, theirs = str(pair).partition("_vs_")
             names = f"{VARIANTS.get(ours, ours)} − {VARIANTS.get(theirs, theirs)}"
-            for measure in ("loss", "accuracy"):
+            for measure in MEASURES:
                 each = found_pair.get(measure) or {}
-                span = interval(each.get("interval"), sign=True)
-                lines.append(f"{measure.capitalize()}, {names}: {number(each.get('difference'), sign=True)} {span}")
+                text = change(measure, each.get("difference"), each.get("interval"))
+                lines.append(f"{measure.capitalize()}, {names}: {text}.")
     return section(
         "Result on the test splits",
         *parts,
@@ -123,44 +107,57 @@ def _result(data: RunData, figures: Figures) -> Html:
     )
 
 
+def _table(data: RunData, variants: list[str]) -> Html:
+    """Datasets by variants: loss and accuracy with their intervals, and the means."""
+    head = [
+        "dataset",
+        "group",
+        "n",
+        *(f"{VARIANTS[variant]}: {measure}" for variant in variants for measure in MEASURES),
+    ]
+    rows: list[list[object]] = []
+    for task in data.order:
+        sizes = [data.measured(task, variant).get("n") for variant in variants]
+        n = next((compact(size) for size in sizes if size is not None), "–")
+        rows.append([plain(task), plain(data.group_name(data.group_of(task))), n, *_measures(data, task, variants)])
+    total = next((data.measured(None, variant).get("n") for variant in variants), None)
+    means = _measures(data, None, variants)
+    foot = [f"mean of {len(data.order)}", "", "" if total is None else compact(total), *means]
+    return table(head, rows, foot, text=2)
+
+
 def _measures(data: RunData, task: str | None, variants: list[str]) -> list[Html]:
     cells = []
     for variant in variants:
         found = data.measured(task, variant)
-        for measure in ("loss", "accuracy"):
-            value = escape(number(found.get(measure)))
-            if _is_best(data, task, variant, measure):
+        for measure in MEASURES:
+            value = escape(measured(measure, found.get(measure)))
+            if facts.is_best(data, task, variant, measure):
                 value = element("b", value)
-            span = interval(found.get(f"{measure}_interval"))
-            cells.append(element("td", value, element("small", span) if span else "", class_="n"))
+            around = span(measure, found.get(f"{measure}_interval"))
+            cells.append(element("td", value, element("small", around) if around else "", class_="n"))
     return cells
-
-
-def _is_best(data: RunData, task: str | None, variant: str, measure: Measure) -> bool:
-    rivals = {name: data.measured(task, name).get(measure) for name in ("base", "qlora_all", "ensemble")}
-    known = {name: value for name, value in rivals.items() if isinstance(value, int | float)}
-    if variant not in known:
-        return False
-    return known[variant] == (min if measure == "loss" else max)(known.values())
 
 
 def _shortfalls(data: RunData) -> Html:
     """Everything in which the ensemble fell short, by name; silence about it would make the rest worthless."""
     lines: list[object] = []
     for over in ("qlora_all", "base"):
-        for measure in ("loss", "accuracy"):
+        for measure in MEASURES:
             found = facts.worse(data, measure, over)
             if found:
-                names = ", ".join(f"{plain(task)} ({number(by)})" for task, by in found)
+                # A loss that is too high stands with a plus, an accuracy that is too low with a minus.
+                sign = 1 if measure == "loss" else -1
+                names = ", ".join(f"{plain(task)} ({change(measure, sign * by)})" for task, by in found)
                 text = (
                     f"Ensemble worse than {VARIANTS[over]} in {measure} on {len(found)} of {len(data.order)}: {names}."
                 )
                 lines.append(text)
     ratio = facts.flops_ratio(data)
     if ratio is None:
-        lines.append("Operations were not counted, so nothing can be said about the cost against one QLoRA on all.")
+        lines.append("FLOPs were not counted, so nothing can be said about the cost against one QLoRA on all.")
     elif ratio > 1:
-        lines.append(f"It took {number(ratio, 2)} times the operations of one QLoRA on all data.")
+        lines.append(f"It took {number(ratio, 2)} times the FLOPs of one QLoRA on all data.")
     pairs = facts.estimated_and_real(data)
     if pairs:
         over_promised = [task for task, estimate, real in pairs if real > estimate]
@@ -174,12 +171,19 @@ def _shortfalls(data: RunData) -> Html:
     if cut:
         names = ", ".join(f"{plain(task)} ({compact(count)})" for task, count in cut)
         lines.append(f"Prompts shortened to fit {data.config.limits.max_tokens} tokens: {names}.")
-    clear = not any(facts.worse(data, measure) for measure in ("loss", "accuracy"))
-    opening = (
-        paragraph("The ensemble is worse than one QLoRA on all on no dataset, in loss or accuracy.") if clear else ""
-    )
-    remark = "One dataset's difference is seldom beyond chance: see the intervals above."
-    return section("What fell short", opening, bullets(lines), paragraph(remark, class_="muted"))
+    compared = [task for task in data.order if facts.gain(data, task, "loss") is not None]
+    clear = bool(compared) and not any(facts.worse(data, measure) for measure in MEASURES)
+    if clear:
+        lines.insert(
+            0, "No dataset has a higher loss or a lower accuracy with the ensemble than with one QLoRA on all."
+        )
+    if len(compared) < len(data.order):
+        missing = len(data.order) - len(compared)
+        lines.append(
+            f"{missing} of {len(data.order)} datasets lack a measurement of the ensemble or of one QLoRA on all."
+        )
+    remark = "" if clear else "On one dataset such differences are often within chance: its intervals above tell."
+    return section("What fell short", bullets(lines), paragraph(remark, class_="muted"))
 
 
 def _partition(data: RunData, figures: Figures) -> Html:
@@ -241,9 +245,8 @@ def _weights(data: RunData) -> Html:
     if weights:
         parts.append(table(["dataset", *map(plain, data.adapters)], rows))
         how = data.config.ensemble.weights
-        parts.append(
-            paragraph(f"A row holds the weight of each adapter in that dataset's score ({how}, fitted on validation).")
-        )
+        origin = "fitted on the dataset's validation examples" if how == "learned" else "all equal, not fitted"
+        parts.append(paragraph(f"A row holds the weight of each adapter in that dataset's score; {origin}."))
     else:
         parts.append(paragraph("ensemble.json holds no weights.", class_="note"))
     boosting: Any = data.ensemble.get("boosting")
@@ -260,12 +263,13 @@ def _cost(data: RunData, figures: Figures) -> Html:
         rows.append([part.name, facts.operations(part.flops), share])
     parts: list[object] = []
     if rows:
-        foot = ["one QLoRA on all", facts.operations(reference), "1"]
-        parts.append(table(["operations", "", "of one QLoRA on all"], rows, foot))
+        total = sum(part.flops for part in facts.flops_parts(data))
+        rows.append(["ensemble, all parts", facts.operations(total), number(facts.flops_ratio(data), 3)])
+        foot = ["one QLoRA on all", facts.operations(reference), "1.000"]
+        parts.append(table(["FLOPs", "", "of one QLoRA on all"], rows, foot))
     else:
-        parts.append(paragraph("metrics.json holds no operations.", class_="note"))
-    times = data.metrics.get("seconds") or {}
-    peaks = data.metrics.get("peak_memory_bytes") or {}
+        parts.append(paragraph("metrics.json holds no FLOPs.", class_="note"))
+    times, peaks = facts.figures(data, "seconds"), facts.figures(data, "peak_memory_bytes")
     stages = [*times, *(stage for stage in peaks if stage not in times)]
     if stages:
         head = ["stage", "time", "peak memory"]

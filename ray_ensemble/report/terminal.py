@@ -2,135 +2,150 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from ray_ensemble.report import facts
-from ray_ensemble.report.facts import number, plain
-from ray_ensemble.report.load import VARIANTS, RunData, load_run
+from ray_ensemble.report.facts import MEASURES, Measure, change, measured, number, plain
+from ray_ensemble.report.load import RIVALS, RunData, load_run
 
 ROWS = 60
-_SHOWN = ("base", "qlora_all", "ensemble")
+NAMES = 8
+WIDTH = 24
+SHORT = {"base": "base", "qlora_all": "one QLoRA", "ensemble": "ensemble"}
 
 
 def terminal_summary(folder: Path) -> Group:
-    """The end of a run as a rich renderable for 100 to 120 columns (narrower terminals wrap the intervals).
+    """The end of a run as a rich renderable for 100 to 120 columns; narrower ones get the intervals on a second line.
 
     Raises:
         InputError: a file of a finished run is missing or damaged; it is named.
     """
     data = load_run(folder)
-    return Group(
-        _table(data), *_differences(data), Text(), *_partition(data), Text(), *_cost(data), Text(), _path(folder)
-    )
+    parts = [_Results(data), *_differences(data), *_partition(data), *_cost(data), _path(folder)]
+    return Group(*parts)
 
 
-def _table(data: RunData) -> Table:
+@dataclass(frozen=True)
+class _Results:
+    """The table of results, with each interval beside its figure where there is room and else below it."""
+
+    data: RunData
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        beside = _table(self.data, " ")
+        fits = Measurement.get(console, options.update(max_width=1000), beside).maximum <= options.max_width
+        yield beside if fits else _table(self.data, "\n")
+
+
+def _table(data: RunData, between: str) -> Table:
     shown = facts.extremes(data, ROWS)
-    caption = "[ ]: 95% intervals; bold: best of the three"
+    caption = "[ ] 95% interval; one QLoRA: one adapter on all datasets; bold: best of the three"
     if len(shown) < len(data.order):
-        caption += f"; {len(shown)} of {len(data.order)} datasets, with the largest gains and losses"
+        caption += f"; {len(shown)} of {len(data.order)} datasets, those with the largest gains and losses"
     table = Table(
-        title="Test splits", caption=caption, title_justify="left", caption_justify="left", box=None, pad_edge=False
+        title="Test splits",
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2 if between == " " else 1, 0, 0),
+        pad_edge=False,
     )
-    table.add_column("dataset", overflow="fold")
-    table.add_column("n", justify="right")
-    for variant in _SHOWN:
-        table.add_column(f"{VARIANTS[variant]}\nloss", justify="right", no_wrap=False)
-        table.add_column("\naccuracy", justify="right")
+    table.add_column("\ndataset", overflow="fold")
+    table.add_column("\nn", justify="right")
+    for variant in RIVALS:
+        for measure in MEASURES:
+            table.add_column(f"{SHORT[variant]}\n{measure}", justify="right", overflow="fold")
     for task in shown:
-        table.add_row(*_row(data, task))
-    table.add_section()
-    table.add_row(*_row(data, None), style="italic")
+        table.add_row(*_row(data, task, between))
+    table.add_row()
+    table.add_row(*_row(data, None, between))
     return table
 
 
-def _row(data: RunData, task: str | None) -> list[Text]:
-    found = [data.measured(task, variant) for variant in _SHOWN]
+def _row(data: RunData, task: str | None, between: str) -> list[Text]:
+    found = [data.measured(task, variant) for variant in RIVALS]
     n = next((str(each["n"]) for each in found if "n" in each), "–")
-    cells = [Text(plain(task, 24) if task is not None else f"mean of {len(data.order)}"), Text(n)]
-    for each in found:
-        for measure, best in (("loss", min), ("accuracy", max)):
-            known = [other[measure] for other in found if measure in other]
-            style = "bold" if measure in each and each[measure] == best(known) else ""
-            cells.append(_cell(each, measure, style))
+    cells = [Text(plain(task, WIDTH) if task is not None else f"mean of {len(data.order)}"), Text(n)]
+    for variant, each in zip(RIVALS, found, strict=True):
+        for measure in MEASURES:
+            style = "bold" if facts.is_best(data, task, variant, measure) else ""
+            cells.append(_cell(each, measure, style, between))
     return cells
 
 
-def _cell(found: dict[str, Any], measure: str, style: str) -> Text:
-    """`.576 [.51 .64]`: short, so that six of them fit a terminal."""
-    if measure == "accuracy":
-        cell = Text(f"{100 * found[measure]:.1f}%" if measure in found else "–", style)
-    else:
-        cell = Text(number(found.get(measure)), style)
-    bounds = found.get(f"{measure}_interval")
-    if bounds:
-        low, high = (100 * bounds[0], 100 * bounds[1]) if measure == "accuracy" else bounds
-        digits = 0 if measure == "accuracy" else 2
-        cell.append(f" [{number(low, digits)}–{number(high, digits)}]", "not bold dim")
+def _cell(found: dict[str, Any], measure: Measure, style: str, between: str) -> Text:
+    """`0.576 [0.51–0.64]`: the figure and, shorter, its interval."""
+    cell = Text(measured(measure, found.get(measure)), style)
+    around = facts.span(measure, found.get(f"{measure}_interval"), digits=2 if measure == "loss" else 0)
+    if around:
+        cell.append(between + around, "not bold dim")
     return cell
 
 
-def _differences(data: RunData) -> list[Text]:
-    lines = [Text("\nEnsemble − one QLoRA on all, same test examples", "bold")]
-    for measure in ("loss", "accuracy"):
+def _block(title: str, rows: list[tuple[str, str]]) -> list[RenderableType]:
+    """A title and rows of a key and a text that wraps beside it."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for key, text in rows:
+        grid.add_row(Text(f"  {key}"), Text(text))
+    return [Text(f"\n{title}", "bold"), grid]
+
+
+def _differences(data: RunData) -> list[RenderableType]:
+    rows: list[tuple[str, str]] = []
+    for measure in MEASURES:
         found = facts.comparison(data, measure)
-        line = Text(f"  {measure:<9}")
-        line.append(f"{found.text()}: {found.verdict}" if found else "not measured for both")
-        lines.append(line)
-    behind = facts.worse(data, "loss")
-    if behind:
-        names = ", ".join(f"{plain(task, 24)} (+{number(by)})" for task, by in behind[:8])
-        more = f" and {len(behind) - 8} more" if len(behind) > 8 else ""
-        lines.append(Text(f"  higher loss than one QLoRA on all: {names}{more}"))
-    else:
-        lines.append(Text("  higher loss than one QLoRA on all: no dataset"))
-    return lines
+        rows.append((measure, f"{found.text()}: {found.verdict}" if found else "not measured for both"))
+    for measure, title in zip(MEASURES, ("higher loss on", "less accurate on"), strict=True):
+        behind = facts.worse(data, measure)
+        sign = 1 if measure == "loss" else -1
+        names = ", ".join(f"{plain(task, WIDTH)} ({change(measure, sign * by)})" for task, by in behind[:NAMES])
+        more = f" and {len(behind) - NAMES} more" if len(behind) > NAMES else ""
+        rows.append((title, f"{names}{more}" if behind else "no dataset"))
+    return _block("Ensemble − one QLoRA on all, on the same test examples", rows)
 
 
-def _partition(data: RunData) -> list[Text]:
+def _partition(data: RunData) -> list[RenderableType]:
     found = data.partition
-    estimate = found.get("objective")
     kind = "1 − accuracy" if found.get("metric") == "accuracy" else "loss"
+    estimate = found.get("objective")
     about = f", estimated {kind} {number(estimate)}" if isinstance(estimate, int | float) else ""
-    lines = [
-        Text(f"Partition: {len(data.groups)} groups ({plain(found.get('method', 'method unknown'))}{about})", "bold")
-    ]
+    rows = []
     for index, group in enumerate(data.groups):
-        names = ", ".join(plain(task, 24) for task in group[:ROWS])
         more = f" and {len(group) - ROWS} more" if len(group) > ROWS else ""
-        lines.append(Text(f"  {plain(data.group_name(index))}: {names}{more}"))
-    return lines
+        names = ", ".join(plain(task, WIDTH) for task in group[:ROWS])
+        rows.append((plain(data.group_name(index), WIDTH), f"{names}{more}"))
+    title = f"Partition into {len(data.groups)} groups (method {plain(found.get('method', 'unknown'))}{about})"
+    return _block(title, rows)
 
 
-def _cost(data: RunData) -> list[Text]:
-    lines = [Text("Cost", "bold")]
+def _cost(data: RunData) -> list[RenderableType]:
     ratio, parts = facts.flops_ratio(data), facts.ratio_parts(data)
-    if ratio is None:
-        lines.append(Text("  operations  not counted"))
-    else:
-        split = f" = {' + '.join(parts)}" if parts else ""
-        lines.append(Text(f"  operations  {number(ratio, 2)} × one QLoRA on all{split}"))
-    times = {k: v for k, v in (data.metrics.get("seconds") or {}).items() if isinstance(v, int | float)}
-    each = ", ".join(f"{plain(stage)} {facts.seconds(value)}" for stage, value in times.items())
-    lines.append(
-        Text(f"  time        {facts.seconds(sum(times.values()))}: {each}" if times else "  time        not kept")
-    )
-    peaks = {k: v for k, v in (data.metrics.get("peak_memory_bytes") or {}).items() if isinstance(v, int | float)}
-    if peaks:
-        each = ", ".join(f"{plain(stage)} {facts.size(value)}" for stage, value in peaks.items())
-        lines.append(Text(f"  peak memory {facts.size(max(peaks.values()))}: {each}"))
-    else:
-        lines.append(Text("  peak memory not measured"))
-    return lines
+    split = f" = {' + '.join(parts)}" if parts else ""
+    flops = "not counted" if ratio is None else f"{number(ratio, 2)} × one QLoRA on all{split}"
+    times, peaks = facts.figures(data, "seconds"), facts.figures(data, "peak_memory_bytes")
+    each_time = ", ".join(f"{plain(stage)} {facts.seconds(value)}" for stage, value in times.items())
+    each_peak = ", ".join(f"{plain(stage)} {facts.size(value)}" for stage, value in peaks.items())
+    rows = [
+        ("FLOPs", flops),
+        ("time", f"{facts.seconds(sum(times.values()))}: {each_time}" if times else "not kept"),
+        ("peak memory", f"{facts.size(max(peaks.values()))}: {each_peak}" if peaks else "not measured"),
+    ]
+    return _block("Cost", rows)
 
 
 def _path(folder: Path) -> Text:
     report = folder / "report.html"
     if report.is_file():
-        return Text.assemble("Report: ", (str(report), "bold"), no_wrap=True, overflow="fold")
-    return Text("Report: not written yet (ray-ensemble report)")
+        return Text(f"\nReport: {report}", "bold", overflow="fold")
+    return Text("\nReport: not written yet (ray-ensemble report)")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ray_ensemble.config import TrainingConfig
@@ -181,6 +182,6 @@ def _load(folder: Path, parameters: dict[str, torch.nn.Parameter], optimiser: to
                     k: tensors[f"optimiser/{k}/{name}"].to("cpu" if k == "step" else parameter.device)
                     for k in keys
                 }
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot go on from this checkpoint ({error})") from None
     return state

@@ -1,0 +1,75 @@
+"""Merged adapters are the weighted sum of the updates, and PEFT agrees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ray_ensemble.config import AdapterConfig
+from ray_ensemble.ensemble.merge import merge_adapters
+from ray_ensemble.errors import InputError
+from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base, save_adapter
+
+CPU = torch.device("cpu")
+
+
+def trained(tiny_model: Path, folder: Path, rank: int, alpha: int, seed: int) -> Path:
+    config = AdapterConfig(rank=rank, alpha=alpha, seed=seed)
+    draw_initial_adapter(load_base(tiny_model, "none", CPU), config, folder / "init")
+    model = attach_adapters(load_base(tiny_model, "none", CPU), {"default": folder / "init"})
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    save_adapter(model, folder / "adapter", "default")
+    return folder / "adapter"
+
+
+def updates(folder: Path) -> dict[str, torch.Tensor]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scaling = config["lora_alpha"] / config["r"]
+    return {
+        name: scaling * tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
+        for name in tensors
+        if "lora_A" in name
+    }
+
+
+def test_merged_update_is_the_weighted_sum_and_equals_peft(tiny_model, tmp_path):
+    folders = [trained(tiny_model, tmp_path / "a", 4, 32, 1), trained(tiny_model, tmp_path / "b", 2, 3, 2)]
+    merge_adapters(folders, [0.3, 0.7], tmp_path / "merged")
+    first, second, merged = (updates(f) for f in (*folders, tmp_path / "merged"))
+    for name, update in merged.items():
+        torch.testing.assert_close(update, 0.3 * first[name] + 0.7 * second[name], rtol=1e-5, atol=1e-8)
+
+    names = {"a": folders[0], "b": folders[1], "ours": tmp_path / "merged"}
+    model = attach_adapters(load_base(tiny_model, "none", CPU), names)
+    model.add_weighted_adapter(["a", "b"], [0.3, 0.7], "theirs", combination_type="cat")
+    ids = torch.randint(10, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    outputs = {}
+    for name in ("ours", "theirs", "a"):
+        model.set_adapter(name)
+        outputs[name] = model(input_ids=ids).logits
+    torch.testing.assert_close(outputs["ours"], outputs["theirs"], rtol=1e-4, atol=1e-4)
+    assert (outputs["ours"] - outputs["a"]).abs().max() > 1e-2
+
+
+def test_zero_weights_are_left_out(tiny_model, tmp_path):
+    folders = [trained(tiny_model, tmp_path / "a", 4, 32, 1), trained(tiny_model, tmp_path / "b", 2, 3, 2)]
+    merge_adapters(folders, [1.0, 0.0], tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["r"] == 4
+    with pytest.raises(InputError, match="every weight is zero"):
+        merge_adapters(folders, [0.0, 0.0], tmp_path / "none")
+
+
+def test_what_is_not_plain_lora_is_refused(tiny_model, tmp_path):
+    folder = trained(tiny_model, tmp_path / "a", 4, 32, 1)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
+    with pytest.raises(InputError, match="plain LoRA"):
+        merge_adapters([folder], [1.0], tmp_path / "merged")

@@ -1,0 +1,167 @@
+"""The fit against scipy's optimum, where plain Newton diverges, and from either side of N = d."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from ray_ensemble.estimator import fit_margins, fit_path
+from ray_ensemble.estimator.fit import softplus
+
+
+def problem(examples, dim, norm, seed=0, scale=1.0):
+    generator = np.random.default_rng(seed)
+    rows = generator.normal(size=(examples, dim)) * np.arange(1, dim + 1) ** -0.5
+    rows *= norm / np.sqrt((rows**2).sum(axis=1).mean())
+    weights = generator.random(examples)
+    return rows, scale * generator.normal(size=examples), weights / weights.sum()
+
+
+def value(beta, rows, margins, weights, regularization):
+    return weights @ softplus(-(margins + rows @ beta)) + regularization * beta @ beta
+
+
+def gradient(beta, rows, margins, weights, regularization):
+    return -rows.T @ (weights * expit(-(margins + rows @ beta))) + 2 * regularization * beta
+
+
+def scipy_optimum(rows, margins, weights, regularization):
+    """The best of two solvers of another kind, both in float64 and run to the end."""
+
+    def hessian_product(beta, vector):
+        fitted = margins + rows @ beta
+        curvature = weights * expit(fitted) * expit(-fitted)
+        return rows.T @ (curvature * (rows @ vector)) + 2 * regularization * vector
+
+    start = np.zeros(rows.shape[1])
+    args = (rows, margins, weights, regularization)
+    trust = minimize(
+        value, start, args, "trust-ncg", gradient, hessp=lambda b, v, *_: hessian_product(b, v), options={"gtol": 1e-12}
+    )
+    quasi = minimize(value, trust.x, args, "L-BFGS-B", gradient, options={"ftol": 0, "gtol": 1e-13, "maxiter": 5000})
+    return min(trust.fun, quasi.fun)
+
+
+@pytest.mark.parametrize(("examples", "dim"), [(120, 40), (40, 120), (60, 60), (1, 5)])
+@pytest.mark.parametrize("norm", [1.0, 100.0])
+@pytest.mark.parametrize("regularization", [10.0, 1e-1, 1e-3])
+def test_reaches_the_optimum_of_scipy(examples, dim, norm, regularization):
+    rows, margins, weights = problem(examples, dim, norm)
+    fit = fit_margins(rows.astype(np.float32), margins, weights, regularization)
+    single = rows.astype(np.float32).astype(np.float64)
+    best = scipy_optimum(single, margins, weights, regularization)
+    assert fit.converged
+    assert fit.objective <= best * (1 + 1e-6)
+    assert fit.objective == pytest.approx(value(fit.beta, single, margins, weights, regularization), rel=1e-9)
+
+
+def undamped_newton(rows, margins, weights, regularization, steps=30):
+    beta = np.zeros(rows.shape[1])
+    for _ in range(steps):
+        fitted = margins + rows @ beta
+        curvature = weights * expit(fitted) * expit(-fitted)
+        hessian = (rows.T * curvature) @ rows + 2 * regularization * np.eye(len(beta))
+        beta -= np.linalg.solve(hessian, gradient(beta, rows, margins, weights, regularization))
+    return value(beta, rows, margins, weights, regularization)
+
+
+def test_converges_where_undamped_newton_diverges():
+    rows, margins, weights = problem(30, 20, norm=100.0, seed=3, scale=10.0)
+    regularization = 1e-6
+    fit = fit_margins(rows, margins, weights, regularization)
+    assert fit.converged
+    assert fit.objective < 1.0
+    assert undamped_newton(rows, margins, weights, regularization) > 10 * fit.objective
+    assert fit.objective <= scipy_optimum(rows, margins, weights, regularization) * (1 + 1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    examples=st.integers(1, 25),
+    dim=st.integers(1, 25),
+    exponent=st.floats(-7, 3),
+    norm=st.sampled_from([1e-3, 1.0, 300.0]),
+    scale=st.sampled_from([0.1, 30.0]),
+    seed=st.integers(0, 100),
+)
+def test_gradient_vanishes_at_the_optimum(examples, dim, exponent, norm, scale, seed):
+    rows, margins, weights = problem(examples, dim, norm, seed, scale)
+    regularization = 10.0**exponent
+    fit = fit_margins(rows, margins, weights, regularization)
+    slope = np.linalg.norm(gradient(fit.beta, rows, margins, weights, regularization))
+    assert fit.converged
+    # By strong convexity the objective is within |gradient|²/4λ of the optimum.
+    certificate = slope**2 / (4 * regularization)
+    assert certificate <= 1e-6 * fit.objective or slope <= 1e-10 * norm
+
+
+def test_fewer_examples_than_dimensions_gives_the_same_beta_as_more():
+    """Repeating examples with split weights is the same problem, solved in d dimensions instead of N."""
+    rows, margins, weights = problem(20, 50, norm=10.0)
+    dual = fit_margins(rows, margins, weights, 0.1)
+    primal = fit_margins(np.tile(rows, (3, 1)), np.tile(margins, 3), np.tile(weights, 3) / 3, 0.1)
+    np.testing.assert_allclose(dual.beta, primal.beta, atol=1e-7)
+    assert dual.flops < primal.flops
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    rows, margins, weights = problem(90, 10, norm=5.0)
+    rows = rows.astype(np.float32)
+    whole = fit_margins(rows, margins, weights, 0.01)
+    monkeypatch.setattr("ray_ensemble.estimator.fit.BLOCK", 16)
+    np.testing.assert_allclose(fit_margins(rows, margins, weights, 0.01).beta, whole.beta, atol=1e-9)
+
+
+def test_a_path_gives_the_fits_that_cold_starts_give():
+    rows, margins, weights = problem(30, 60, norm=20.0)
+    grid = [10.0, 1.0, 0.1, 0.01]
+    for regularization, fit in zip(grid, fit_path(rows, margins, weights, grid), strict=True):
+        cold = fit_margins(rows, margins, weights, regularization)
+        assert fit.objective == pytest.approx(cold.objective, rel=1e-8)
+
+
+def test_a_start_changes_the_work_and_not_the_result():
+    rows, margins, weights = problem(30, 60, norm=20.0)
+    cold = fit_margins(rows, margins, weights, 0.01)
+    warm = fit_margins(rows, margins, weights, 0.01, start=cold.beta)
+    assert warm.iterations <= 2 < cold.iterations
+    assert warm.objective == pytest.approx(cold.objective, rel=1e-9)
+
+
+def test_recovers_planted_coefficients():
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=5)
+    rows, offsets = generator.normal(size=(20000, 5)), generator.normal(size=20000)
+    right = generator.random(20000) < expit(offsets + rows @ truth)
+    sign = np.where(right, 1.0, -1.0)
+    fit = fit_margins(sign[:, None] * rows, sign * offsets, np.full(20000, 1 / 20000), 1e-6)
+    np.testing.assert_allclose(fit.beta, truth, atol=0.1)
+
+
+def test_the_offset_is_not_fitted():
+    """With margins that are already right beyond doubt there is nothing to gain, whatever their level."""
+    rows, _, weights = problem(20, 5, norm=1.0)
+    assert np.linalg.norm(fit_margins(rows, np.full(20, 40.0), weights, 1e-3).beta) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("margins", "weights", "regularization"),
+    [
+        (np.zeros(3), np.full(4, 0.25), 1.0),
+        (np.zeros(4), np.full(4, 0.3), 1.0),
+        (np.zeros(4), np.array([0.5, 0.5, 0.5, -0.5]), 1.0),
+        (np.zeros(4), np.full(4, 0.25), 0.0),
+        (np.zeros(4), np.full(4, 0.25), np.nan),
+    ],
+)
+def test_refuses_what_is_no_problem(margins, weights, regularization):
+    with pytest.raises(ValueError, match=r"fit|weights|regularization"):
+        fit_margins(np.zeros((4, 2)), margins, weights, regularization)
+
+
+def test_softplus_is_stable():
+    np.testing.assert_allclose(softplus(np.array([-800.0, -40.0, 0.0, 800.0])), [0, np.exp(-40), np.log(2), 800])

@@ -1,0 +1,117 @@
+"""A run folder belongs to one job and one owner, and knows when a stage is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ray_ensemble.config import JobConfig
+from ray_ensemble.errors import InputError
+from ray_ensemble.run_folder import LEASE_SECONDS, STAGES, RunFolder
+
+
+def job(**changes) -> JobConfig:
+    return JobConfig.model_validate({"model": {"source": "a/b"}, "tasks": ["/data"], **changes})
+
+
+def finish_all(folder: RunFolder) -> None:
+    for stage in STAGES:
+        file = folder / f"{stage}.out"
+        file.write_text(stage)
+        folder.finish(stage, [file], {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"model": {"source": "a/c"}}, "plan"),
+        ({"adapter": {"rank": 8}}, "plan"),
+        ({"limits": {"max_tokens": 99}}, "tasks"),
+        ({"tasks": ["/data", "/more"]}, "tasks"),
+        ({"gradients": {"seed": 1}}, "gradients"),
+        ({"gradients": {"dim": 100}}, "gradients"),
+        ({"estimator": {"subsets": 9}}, "search"),
+        ({"training": {"min_steps": 3}}, "search"),
+        ({"training": {"learning_rate": 0.1}}, "train"),
+        ({"ensemble": {"weights": "uniform"}}, "ensemble"),
+    ],
+)
+def test_another_job_is_refused_and_redo_runs_exactly_what_depends_on_it(tmp_path, changes, first):
+    finish_all(RunFolder(tmp_path / "run", job()))
+    with pytest.raises(InputError, match="another config") as caught:
+        RunFolder(tmp_path / "run", job(**changes))
+    section, value = next(iter(changes.items()))
+    assert section in str(caught.value)
+    assert "->" in str(caught.value)
+    again = RunFolder(tmp_path / "run", job(**changes), redo=True)
+    place = STAGES.index(first)
+    assert [again.whole(stage) for stage in STAGES] == [True] * place + [False] * (len(STAGES) - place)
+    RunFolder(tmp_path / "run", job(**changes))  # the folder now belongs to the new job
+
+
+def test_keys_that_only_change_speed_are_free(tmp_path):
+    folder = RunFolder(tmp_path / "run", job())
+    finish_all(folder)
+    again = RunFolder(tmp_path / "run", job(gradients={"replicas": 7}, training={"concurrency": 1, "cpus": 2.0}))
+    assert all(again.whole(stage) for stage in STAGES)
+
+
+@pytest.mark.parametrize("harm", ["missing", "changed"])
+def test_damage_is_named_and_only_its_stage_is_not_whole(tmp_path, harm, capsys):
+    folder = RunFolder(tmp_path / "run", job())
+    finish_all(folder)
+    file = folder / "search.out"
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_text("searcH")
+    assert [stage for stage in STAGES if not folder.whole(stage)] == ["search"]
+    assert str(file) in capsys.readouterr().out
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="not a run folder"):
+        RunFolder(tmp_path, job())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "run", job())
+
+
+def test_a_living_owner_keeps_others_out(tmp_path):
+    code = (
+        "import sys, time\nfrom ray_ensemble.config import JobConfig\nfrom ray_ensemble.run_folder import RunFolder\n"
+        "config = JobConfig.model_validate({'model': {'source': 'a/b'}, 'tasks': ['/data']})\n"
+        "with RunFolder(sys.argv[1], config).lease():\n    print('mine', flush=True)\n    time.sleep(60)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "mine\n"
+        folder = RunFolder(tmp_path / "run", job())
+        with pytest.raises(InputError, match=f"process {owner.pid}"), folder.lease():
+            pass
+    finally:
+        owner.kill()
+        owner.wait()
+    with folder.lease():  # the owner is dead, so its lease is void at once
+        assert json.loads((folder / "lease.json").read_text())["pid"] == os.getpid()
+    assert not (folder / "lease.json").exists()
+
+
+@pytest.mark.parametrize(("age", "refused"), [(5.0, True), (LEASE_SECONDS + 1, False)])
+def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path, age, refused):
+    folder = RunFolder(tmp_path / "run", job())
+    lease = {"host": "elsewhere", "pid": 1, "started": "1", "heartbeat": time.time() - age}
+    (folder / "lease.json").write_text(json.dumps(lease))
+    if refused:
+        with pytest.raises(InputError, match="elsewhere"), folder.lease():
+            pass
+    else:
+        with folder.lease():
+            pass
