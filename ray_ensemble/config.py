@@ -51,6 +51,8 @@ class TaskConfig(Section):
     `answers` are the data's own values for each label, in the labels' order (the labels themselves by default).
     `splits` gives an `hf:` source's names for our splits; those left out are drawn from its train split. `seed` draws
     splits where the source has none, and nothing else.
+    `part: 1/4` takes the first of four disjoint parts of a file without splits, so that several tasks can be made of one
+    corpus without sharing a text.
     """
 
     source: str
@@ -62,6 +64,7 @@ class TaskConfig(Section):
     label_field: str = "label"
     splits: dict[Literal["train", "validation", "test"], str] | None = None
     seed: Seed = 0
+    part: Annotated[str, Field(pattern=r"^[1-9][0-9]*/[1-9][0-9]*$")] | None = None
 
 
 class LimitsConfig(Section):

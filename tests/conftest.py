@@ -110,3 +110,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One Ray cluster of this machine for all tests that run in this process."""
+    from ray_ensemble.runtime import ray_session
+
+    with ray_session():
+        yield

@@ -29,7 +29,9 @@ def test_resolved_config_reads_back_equal(tmp_path):
 
 def test_relative_sources_start_at_the_job_file(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
-    path = write(tmp_path, model={"source": "model"}, tasks=["data", {"source": "hf:./saved"}, {"source": "pypi:a==1/b"}])
+    path = write(
+        tmp_path, model={"source": "model"}, tasks=["data", {"source": "hf:./saved"}, {"source": "pypi:a==1/b"}]
+    )
     monkeypatch.chdir("/")
     config = load_config(path)
     assert config.model.source == str(tmp_path / "model")

@@ -45,7 +45,7 @@ def test_another_job_is_refused_and_redo_runs_exactly_what_depends_on_it(tmp_pat
     finish_all(RunFolder(tmp_path / "run", job()))
     with pytest.raises(InputError, match="another config") as caught:
         RunFolder(tmp_path / "run", job(**changes))
-    section, value = next(iter(changes.items()))
+    section = next(iter(changes))
     assert section in str(caught.value)
     assert "->" in str(caught.value)
     again = RunFolder(tmp_path / "run", job(**changes), redo=True)

@@ -157,7 +157,14 @@ def improve(
     sweeps must find nothing before it ends. Deterministic in its arguments.
     """
     generator = np.random.default_rng(seed)
-    best = _descend(Improved(partition, objective(partition), 0, optimal=False), objective, neighbours, evaluations, guide, generator)
+    best = _descend(
+        Improved(partition, objective(partition), 0, optimal=False),
+        objective,
+        neighbours,
+        evaluations,
+        guide,
+        generator,
+    )
     for _ in range(kicks):
         if best.evaluations >= evaluations:
             break

@@ -27,6 +27,11 @@ def plain(text: object, width: int | None = None) -> str:
     return line if width is None or len(line) <= width else line[: width - 1] + "…"
 
 
+def count(n: int, thing: str) -> str:
+    """`1 dataset`, `2 datasets`."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
 def number(value: Any, digits: int = 3, sign: bool = False) -> str:
     """A figure with a real minus sign; a dash where there is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

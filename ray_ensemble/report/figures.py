@@ -201,7 +201,7 @@ def _draw_estimates(data: RunData, pairs: list[tuple[str, float, float]], theme:
     axes = figure.add_subplot()
     low = min(min(estimate, real) for _, estimate, real in pairs)
     high = max(max(estimate, real) for _, estimate, real in pairs)
-    margin = 0.08 * (high - low) or 0.1
+    margin = 0.12 * (high - low) or 0.1
     low, high = max(low - margin, 0.0), high + margin
     axes.plot([low, high], [low, high], color=theme.muted, linewidth=1, linestyle="--", zorder=1)
     for index in range(len(data.groups)):
@@ -213,7 +213,12 @@ def _draw_estimates(data: RunData, pairs: list[tuple[str, float, float]], theme:
     if len(pairs) <= NAMED_POINTS:
         for (task, estimate, real), (offset, side) in zip(pairs, _places(pairs, low, high), strict=True):
             text, at = name(task, 20), (estimate, real)
-            axes.annotate(text, at, offset, textcoords="offset points", ha=side, va="center", fontsize=8)
+            # A name that had to step aside is tied to its point by a line.
+            line = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+            tie = line if offset[1] else None
+            axes.annotate(
+                text, at, offset, textcoords="offset points", ha=side, va="center", fontsize=8, arrowprops=tie, zorder=4
+            )
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_aspect("equal")
@@ -233,7 +238,11 @@ def _places(pairs: list[tuple[str, float, float]], low: float, high: float) -> l
     found = []
     for (task, _, _), (x, y) in zip(pairs, dots, strict=True):
         width = 4.8 * min(len(task), 20)
-        options = [((dx, dy), side) for dy in (0, 9, -9, 18, -18, 27, -27) for dx, side in ((8, "left"), (-8, "right"))]
+        options = [
+            ((dx, dy), side)
+            for dy in (0, 9, -9, 18, -18, 27, -27)
+            for dx, side in ((8 + abs(dy) // 3, "left"), (-8 - abs(dy) // 3, "right"))
+        ]
         boxes = [
             (
                 x + dx - (width if side == "right" else 0),

@@ -16,7 +16,7 @@ Figures = Mapping[str, Html]
 
 def page(data: RunData, figures: Figures) -> Html:
     """The whole report; `figures` holds a figure, or the reason why there is none, for every plot."""
-    title = f"{len(data.order)} datasets, {len(data.groups)} adapters"
+    title = f"{facts.count(len(data.order), 'dataset')}, {facts.count(len(data.groups), 'group')}"
     return document(
         f"ray-ensemble: {title}",
         element("h1", title),
@@ -204,7 +204,7 @@ def _partition(data: RunData, figures: Figures) -> Html:
         "estimated without training."
     )
     return section(
-        f"The partition: {len(data.groups)} groups",
+        f"The partition: {facts.count(len(data.groups), 'group')}",
         table(["group", "datasets"], rows, text=2),
         paragraph(" ".join(about)),
         figures["affinity"],

@@ -125,7 +125,7 @@ def _partition(data: RunData) -> list[RenderableType]:
         more = f" and {len(group) - ROWS} more" if len(group) > ROWS else ""
         names = ", ".join(plain(task, WIDTH) for task in group[:ROWS])
         rows.append((plain(data.group_name(index), WIDTH), f"{names}{more}"))
-    title = f"Partition into {len(data.groups)} groups (method {plain(found.get('method', 'unknown'))}{about})"
+    title = f"Partition into {facts.count(len(data.groups), 'group')} (method {plain(found.get('method', 'unknown'))}{about})"
     return _block(title, rows)
 
 

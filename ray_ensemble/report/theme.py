@@ -81,8 +81,8 @@ def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
     settings = {
         "font.family": ["DejaVu Sans"],
         "font.size": 9.5,
+        "figure.dpi": DPI,
         "figure.facecolor": theme.surface,
-        "savefig.facecolor": theme.surface,
         "axes.facecolor": theme.surface,
         "axes.edgecolor": theme.grid,
         "axes.labelcolor": theme.muted,
@@ -112,7 +112,7 @@ def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
         mpl.rcParams.update({key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith("backend")})
         mpl.rcParams.update(settings)
         figure = draw(theme)
-        FigureCanvasAgg(figure)
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+        # Straight to the canvas: `savefig` would draw everything twice. No metadata, or the version would be in it.
+        FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
     return stream.getvalue()

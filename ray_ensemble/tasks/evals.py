@@ -38,16 +38,26 @@ def convert_samples(rows: Iterable[tuple[int, Mapping[str, Any]]], config: TaskC
     or else in the labels. A plain row has its strings and numbers as fields and its label under `config.label_field`.
 
     Examples whose prompt fields agree (without case and blanks) are kept once, and not at all where their labels
-    differ. Validation then gets a fifth (at most 500), test three tenths (at most 1,000), train at most 2,000.
+    differ; then `config.part` is taken. Validation gets a fifth (at most 500), test three tenths (at most 1,000), train at most 2,000.
 
     Raises:
         InputError: a prompt, label, answer or field does not fit; names `where` and the row's number.
     """
     schema = Schema.make(config.prompt, config.labels, config, where)
     examples = [_example(row, schema, f"{where}:{line}") for line, row in rows]
-    kept = drop_repeats(examples, prompt_fields(schema.prompt))
+    kept = _part(drop_repeats(examples, prompt_fields(schema.prompt)), config.part, where)
     splits = draw_splits(kept, config.seed, ("validation", "test"), TRAIN_CAP)
     return Task(name, schema.prompt, schema.labels, splits)
+
+
+def _part(examples: list[Example], part: str | None, where: str) -> list[Example]:
+    """Every k-th example from the i-th on, for `part` i/k: parts are disjoint, also in texts, and alike in order."""
+    if part is None:
+        return examples
+    index, count = (int(number) for number in part.split("/"))
+    if index > count:
+        raise InputError(f"{where}: part {part} does not exist; parts go from 1/{count} to {count}/{count}")
+    return examples[index - 1 :: count]
 
 
 def _example(row: Mapping[str, Any], schema: Schema, where: str) -> Example:

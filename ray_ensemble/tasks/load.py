@@ -52,9 +52,12 @@ def load_tasks(tasks: Sequence[TaskConfig], limits: LimitsConfig, base_dir: Path
 
 
 def _read(config: TaskConfig, base_dir: Path) -> list[Task]:
-    if config.source.startswith("hf:"):
+    hub = config.source.startswith("hf:")
+    path = None if hub else resolve_source(config.source, base_dir)
+    if config.part is not None and (path is None or path.is_dir()):
+        raise InputError(f"{config.source}: 'part' is for a single .jsonl file without splits of its own")
+    if path is None:
         return [read_hub(config, base_dir)]
-    path = resolve_source(config.source, base_dir)
     if path.is_dir():
         folders = find_task_folders(path)
         if config.name is not None and len(folders) > 1:

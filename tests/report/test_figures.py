@@ -38,7 +38,7 @@ def test_names_are_never_read_as_mathematics():
     figure = mpl.figure.Figure()
     text = figure.text(0, 0, name(r"$\frac{1}{$ and $x$"))
     mpl.backends.backend_agg.FigureCanvasAgg(figure).draw()  # mathematics that does not parse would raise
-    assert text.get_text().count(r"\$") == 3
+    assert text.get_text().count(r"\$") == 4
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -2,14 +2,17 @@ import base64
 import json
 import re
 import shutil
+from collections import defaultdict
 from html.parser import HTMLParser
 
 import pytest
 
 from ray_ensemble.errors import InputError
 from ray_ensemble.report import write_report
+from ray_ensemble.report.figures import affinity_map
 from ray_ensemble.report.load import load_run
 from ray_ensemble.report.markup import Html, element, table
+from ray_ensemble.report.page import page
 
 EVIL = "<script>alert('x')</script>"
 PLOTS = {"affinity.png", "cost.png", "estimates.png", "search.png", "test.png", "training.png"}
@@ -179,7 +182,7 @@ def test_what_is_missing_is_told_in_words(run_of):
 
 def test_one_task_alone_is_reported(run_of):
     text = Page(write_report(run_of(groups=[["only"]], n=5)).read_text()).text
-    assert "1 datasets" not in text
+    assert "1 dataset, 1 group" in text
     assert "fewer than two datasets" in text
 
 
@@ -188,9 +191,10 @@ def test_accuracy_as_objective_is_named(run_of):
     for name in ("partition.json", "affinity.json"):
         data = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**data, "metric": "accuracy"}))
-    text = Page(write_report(folder).read_text()).text
+    data = load_run(folder)
+    text = Page(page(data, defaultdict(lambda: Html("")))).text
     assert "Estimated mean validation 1 − accuracy: 0.418" in text
-    assert "worse (red) the estimated accuracy of dataset i" in text
+    assert "worse (red) the estimated accuracy of dataset i" in affinity_map(data).caption
 
 
 def test_a_run_without_metrics_is_refused_and_nothing_is_written(run_folder):

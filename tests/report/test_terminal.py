@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from ray_ensemble.errors import InputError
-from ray_ensemble.report import terminal_summary, write_report
+from ray_ensemble.report import terminal_summary
 
 
 def printed(folder, width=120, color=None):
@@ -47,7 +47,8 @@ def test_it_fits_and_cuts_no_figure(run_folder, width):
 
 def test_the_path_of_the_report_is_whole(run_folder):
     assert "not written yet" in printed(run_folder)
-    path = write_report(run_folder)
+    path = run_folder / "report.html"
+    path.touch()
     assert str(path) in printed(run_folder, 40).replace("\n", "")
 
 

@@ -116,6 +116,15 @@ def test_the_seed_decides_the_splits() -> None:
     assert [len(first[split]) for split in SPLITS] == [100, 40, 60]
 
 
+def test_parts_are_disjoint_in_texts_and_make_up_the_whole() -> None:
+    rows = [chat(f"text {i // 2}", "Yes" if (i // 2) % 3 == 0 else "No") for i in range(400)]
+    parts = [{e.fields["text"] for e in everything(convert(rows, part=f"{i}/3"))} for i in (1, 2, 3)]
+    assert sum(map(len, parts)) == 200
+    assert set.union(*parts) == {f"text {i}" for i in range(200)}
+    with pytest.raises(InputError, match="part 4/3"):
+        convert(rows, part="4/3")
+
+
 label_lists = st.lists(st.integers(0, 4), max_size=300)
 
 

@@ -100,7 +100,13 @@ def test_a_damaged_checkpoint_is_named(tiny_model, initial, tasks, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_with_step_and_tasks(tiny_model, initial, tasks):
     with pytest.raises(RunError, match=r"at step \d+ \(tasks of the batch: .*learning_rate"):
-        train(tiny_model, initial, tasks, CONFIG.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30}), steps=20)
+        train(
+            tiny_model,
+            initial,
+            tasks,
+            CONFIG.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30}),
+            steps=20,
+        )
 
 
 def test_every_example_is_drawn_equally_often():

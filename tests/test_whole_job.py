@@ -1,0 +1,186 @@
+"""The whole job on a tiny random model, stage after stage, and the formats that other programs read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import OPTIONS, write_task
+
+from ray_ensemble import Job
+from ray_ensemble.cli import main
+from ray_ensemble.gradients import GradientStore
+
+pytestmark = pytest.mark.ray
+
+
+def write_job(folder: Path, model: Path, tasks: Path, **changes: object) -> Path:
+    job = {
+        "model": {"source": str(model)},
+        "tasks": [{"source": str(tasks)}],
+        "limits": {"max_tokens": 64},
+        "gradients": {"dim": 64, "replicas": 2},
+        "search": {"groups": [2, 3], "trials": 4},
+        "training": {"epochs": 2, "min_steps": 12, "learning_rate": 5.0e-3, "checkpoint_every": 5},
+        **changes,
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster, tiny_model, task_folder, tmp_path_factory) -> Path:
+    """A finished run of four tasks, one of them with four labels that share their first token."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = Job.from_yaml(write_job(folder, tiny_model, task_folder)).run(folder / "run")
+    return result.folder
+
+
+def test_formats(run):
+    partition = json.loads((run / "partition.json").read_text())
+    assert sorted(t for g in partition["groups"] for t in g) == ["contrary", "films", "options", "phones"]
+    assert partition["m"] == len(partition["groups"])
+    assert {"objective", "method", "seed"} <= partition.keys()
+    affinity = json.loads((run / "affinity.json").read_text())
+    assert np.array(affinity["values"]).shape == (4, 4)
+    assert {"tasks", "subsets", "subset_size"} <= affinity.keys()
+    ensemble = json.loads((run / "ensemble.json").read_text())
+    assert ensemble["adapters"] == [f"group-{g}" for g in range(partition["m"])]
+    for weights in ensemble["weights"].values():
+        assert sum(weights) == pytest.approx(1)
+        assert min(weights) >= 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    for models in metrics["tasks"].values():
+        assert list(models) == ["base", "qlora_all", "group", "ensemble", "merged"]
+        for m in models.values():
+            assert m["n"] == 10
+            assert m["loss"] > 0
+            assert 0 <= m["accuracy"] <= 1
+    assert metrics["mean"].keys() == {"base", "qlora_all", "group", "ensemble", "merged"}
+    assert metrics["flops"].keys() == {"gradients", "search", "groups", "boosting", "ensemble", "qlora_all", "ratio"}
+    parts = [metrics["flops"][part] for part in ("gradients", "search", "groups", "boosting", "ensemble")]
+    assert metrics["flops"]["ratio"] == pytest.approx(sum(parts) / metrics["flops"]["qlora_all"])
+    assert {"gradients", "search", "train", "ensemble"} <= metrics["seconds"].keys() & metrics[
+        "peak_memory_bytes"
+    ].keys()
+
+
+def test_budgets_are_equal(run):
+    steps = json.loads((run / "manifests" / "train.json").read_text())["steps"]
+    baseline = steps.pop("qlora_all")
+    assert baseline == sum(steps.values())
+    for name, count in steps.items():
+        rows = [json.loads(line) for line in (run / "adapters" / name / "train.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(count))
+
+
+def test_adapters_load_with_peft_as_they_are(run, tiny_model):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(5, 17)[None]
+    for folder in [*(run / "adapters").iterdir(), run / "baselines" / "qlora_all", *(run / "merged").iterdir()]:
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        bare = base(input_ids=ids).logits
+        assert (PeftModel.from_pretrained(base, folder)(input_ids=ids).logits - bare).abs().max() > 1e-3
+
+
+def test_training_taught_something(run):
+    mean = json.loads((run / "metrics.json").read_text())["mean"]
+    assert mean["ensemble"]["loss"] < mean["base"]["loss"]
+
+
+def test_report_is_one_file_with_the_results(run):
+    html = (run / "report.html").read_text()
+    assert "contrary" in html
+    assert 'src="http' not in html
+    assert list((run / "plots").glob("*.png"))
+
+
+def test_features_are_the_same_for_one_and_two_actors(run, tiny_model, task_folder, tmp_path):
+    job = Job.from_yaml(write_job(tmp_path, tiny_model, task_folder, gradients={"dim": 64, "replicas": 1}))
+    job.through("gradients", tmp_path / "one")
+    ours, theirs = run / "gradients", tmp_path / "one" / "gradients"
+    files = sorted(p.relative_to(ours) for p in ours.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file())
+    assert len([f for f in files if f.suffix == ".npy"]) == 4 * (3 + 3)
+    for file in files:
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
+
+
+def test_the_store_reads_as_documented(run):
+    store = GradientStore.open(run / "gradients")
+    train, validation = store["options", "train"], store["options", "validation"]
+    assert train.features.shape == (24, 64)
+    assert train.margins.shape == train.labels.shape == (24,)
+    assert validation.class_scores.shape == (8, 4)
+    assert validation.class_features.shape == (8, 4, 64)
+    assert np.isfinite(train.features).all()
+
+
+def test_a_finished_run_does_nothing_again(run, tiny_model, task_folder, capsys):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    Job.from_yaml(run / "config.yaml").run(run)
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_damaged_gradients_are_named_and_only_they_are_recomputed(run, capsys):
+    victim = run / "gradients" / "films" / "train" / "features.npy"
+    good = victim.read_bytes()
+    others = {p: p.stat().st_mtime_ns for p in (run / "gradients" / "phones").rglob("*.npy")}
+    spoiled = bytearray(good)
+    spoiled[-5] ^= 1
+    victim.write_bytes(bytes(spoiled))
+    Job.from_yaml(run / "config.yaml").run(run)
+    shown = capsys.readouterr().out
+    assert str(victim) in shown
+    assert victim.read_bytes() == good
+    assert {p: p.stat().st_mtime_ns for p in others} == others
+
+
+def test_redo_trains_nothing_that_is_known(run, tmp_path, capsys):
+    """Another search seed reaches the same partition here, so that every adapter comes from the cache."""
+    trained = {p: p.stat().st_mtime_ns for p in (run / "trained").glob("*/result.json")}
+    before = json.loads((run / "partition.json").read_text())["groups"]
+    job = Job.from_yaml(run / "config.yaml", ["search.trials=5"])
+    job.run(run, redo=True)
+    after = json.loads((run / "partition.json").read_text())["groups"]
+    now = {p: p.stat().st_mtime_ns for p in (run / "trained").glob("*/result.json")}
+    assert {p: now[p] for p in trained} == trained
+    assert (len(now) == len(trained)) == (after == before)
+
+
+def test_predict_agrees_with_the_evaluation(run, task_folder, capsys):
+    rows = [json.loads(line) for line in (task_folder / "options" / "test.jsonl").read_text().splitlines()]
+    assert main(["predict", str(run), "--task", "options", "--input", str(task_folder / "options" / "test.jsonl")]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    right = [prediction["label"] == OPTIONS[row["label"]] for prediction, row in zip(found, rows, strict=True)]
+    loss = np.mean([-np.log(p["probabilities"][OPTIONS[row["label"]]]) for p, row in zip(found, rows, strict=True)])
+    metric = json.loads((run / "metrics.json").read_text())["tasks"]["options"]["ensemble"]
+    assert np.mean(right) == pytest.approx(metric["accuracy"])
+    assert loss == pytest.approx(metric["loss"], rel=1e-3)
+
+
+def test_whole_job_in_four_bits(ray_cluster, tiny_model, tmp_path):
+    """NF4 on the CPU: gradients, training and scores all see the same quantised base."""
+    write_task(tmp_path / "tasks" / "films", seed=1, train=16)
+    write_task(tmp_path / "tasks" / "options", OPTIONS, seed=2, train=16)
+    model = {"source": str(tiny_model), "quantization": "nf4"}
+    path = write_job(
+        tmp_path, tiny_model, tmp_path / "tasks", model=model, search={"groups": [2], "trials": 1},
+        training={"epochs": 1, "min_steps": 4},
+    )  # fmt: skip
+    result = Job.from_yaml(path).run(tmp_path / "run")
+    assert json.loads((result.folder / "plan.json").read_text())["model"]["quantization"] == "nf4"
+    plain = Job.from_yaml(path, ["model.quantization=none"])
+    plain.through("gradients", tmp_path / "plain")
+    a = GradientStore.open(result.folder / "gradients")["options", "train"].features
+    b = GradientStore.open(tmp_path / "plain" / "gradients")["options", "train"].features
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert 0.5 < cosine.mean() < 0.99999
+    assert result.metrics["mean"]["ensemble"]["n"] == 20
