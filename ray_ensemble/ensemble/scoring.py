@@ -157,9 +157,8 @@ def _tokens(request: ScoreRequest) -> int:
 def _key(request: ScoreRequest, config: GradientsConfig, base: dict[str, str]) -> str:
     adapter = None if request.adapter is None else sha256_file(request.adapter / "adapter_model.safetensors")
     data = split_hash(request.task, request.examples)
-    return sha256_json(
-        {"adapter": adapter, "data": data, "batch": config.batch_tokens, "threads": config.threads, **base}
-    )[:16]
+    how = {"batch": config.batch_tokens, "threads": config.threads}
+    return sha256_json({"adapter": adapter, "data": data, "base": base, **how})[:16]
 
 
 def _is_scores(path: Path, request: ScoreRequest) -> bool:

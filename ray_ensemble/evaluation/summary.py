@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_ensemble.evaluation.metrics import losses_and_hits, metric, paired_difference
+from ray_ensemble.evaluation.metrics import bootstrap_interval, losses_and_hits, metric, paired_difference
 
 _COMPARED = (("ensemble", "qlora_all"), ("group", "qlora_all"), ("merged", "ensemble"))
 
@@ -28,14 +28,11 @@ def summarise(
         for name, models in outputs.items()
     }
     models = list(next(iter(tasks.values())))
-    mean = {
-        model: {
-            "loss": float(np.mean([tasks[name][model]["loss"] for name in tasks])),
-            "accuracy": float(np.mean([tasks[name][model]["accuracy"] for name in tasks])),
-            "n": sum(tasks[name][model]["n"] for name in tasks),
-        }
-        for model in models
-    }
+    mean = {model: _mean([tasks[name][model] for name in tasks]) for model in models}
+    for model in models:
+        values = [losses_and_hits(outputs[name][model], labels[name]) for name in outputs]
+        mean[model]["loss_interval"] = bootstrap_interval([losses for losses, _ in values], seed)
+        mean[model]["accuracy_interval"] = bootstrap_interval([hits for _, hits in values], seed)
     paired = {}
     for ours, other in _COMPARED:
         pair = {}
@@ -45,3 +42,11 @@ def summarise(
             pair[what] = paired_difference(a, b, seed)
         paired[f"{ours}_vs_{other}"] = pair
     return {"tasks": tasks, "mean": mean, "paired": paired}
+
+
+def _mean(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "loss": float(np.mean([m["loss"] for m in metrics])),
+        "accuracy": float(np.mean([m["accuracy"] for m in metrics])),
+        "n": sum(m["n"] for m in metrics),
+    }
