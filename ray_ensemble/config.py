@@ -77,7 +77,12 @@ class LimitsConfig(Section):
 
 
 class GradientsConfig(Section):
-    """The gradient pass: projected dimension d, projection seed, number of replicas and what one replica may use."""
+    """The gradient pass: projected dimension d, projection seed, number of replicas and what one replica may use.
+
+    `targets` says what is differentiated for a training example of K labels: `pairwise` the K − 1 margins against each
+    wrong label, `margin` the one margin against all of them, which costs one backward pass whatever K but, with more than two
+    labels, loses which of the wrong labels is near.
+    """
 
     dim: Annotated[int, Field(ge=1, le=65536)] = 400
     seed: Seed = 0
@@ -85,6 +90,7 @@ class GradientsConfig(Section):
     shards: Literal[1] = 1
     threads: Count = 1
     start: Literal["fresh"] = "fresh"
+    targets: Literal["pairwise", "margin"] = "pairwise"
     max_examples: Count | None = None
     batch_tokens: Count = 1024
 

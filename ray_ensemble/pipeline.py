@@ -16,19 +16,23 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.config import JobConfig, load_config
-from ray_ensemble.errors import InputError
+from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json, sha256_file, write_json
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import prepare_environment, ray_session
 from ray_ensemble.tasks import EncodedTask, Task, encode_task, load_tasks
 from ray_ensemble.version import __version__
+
+if TYPE_CHECKING:
+    from ray_ensemble.estimator import TaskFeatures
+    from ray_ensemble.gradients import GradientStore
 
 Facts = dict[str, Any]
 Outcome = tuple[list[Path], Facts]
@@ -77,6 +81,38 @@ class Job:
         """All stages, going on where an earlier run of the same job stopped."""
         return self.through("report", output, redo=redo)
 
+    def plan(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Resolve the job: `config.yaml`, `plan.json`, and θ₀ in `init/`."""
+        return self.through("plan", output, redo=redo)
+
+    def tasks(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Up to the data, read and tokenised: `tasks.json`."""
+        return self.through("tasks", output, redo=redo)
+
+    def gradients(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Up to the gradient store: `gradients/`."""
+        return self.through("gradients", output, redo=redo)
+
+    def search(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Up to the groups: `affinity.json`, `partition.json`."""
+        return self.through("search", output, redo=redo)
+
+    def train(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Up to the adapters of the groups and the baseline's: `adapters/`, `baselines/`."""
+        return self.through("train", output, redo=redo)
+
+    def ensemble(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Up to the weights and merged adapters: `ensemble.json`, `merged/`."""
+        return self.through("ensemble", output, redo=redo)
+
+    def evaluate(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Up to the metrics on the test splits: `metrics.json`."""
+        return self.through("evaluate", output, redo=redo)
+
+    def report(self, output: str | Path, *, redo: bool = False) -> RunResult:
+        """Up to the report, as `run`."""
+        return self.through("report", output, redo=redo)
+
     def through(self, stage: str, output: str | Path, *, redo: bool = False) -> RunResult:
         """Every stage up to and with `stage`.
 
@@ -89,6 +125,8 @@ class Job:
             InputError: the job, its data or the folder are not right.
             RunError: a stage failed; the same call goes on from what is whole.
         """
+        if stage not in STAGES:
+            raise InputError(f"no stage '{stage}'{nearest(stage, STAGES)} (stages: {', '.join(STAGES)})")
         prepare_environment()
         from ray_ensemble.models import quiet_libraries
 
@@ -476,20 +514,27 @@ def _describe(task: Task, encoded: EncodedTask) -> dict[str, Any]:
     }
 
 
-def _features(store: Any) -> list[Any]:
-    from ray_ensemble.estimator import TaskFeatures
+def _features(store: GradientStore) -> list[TaskFeatures]:
+    """The gradient store as the estimator takes it."""
+    from ray_ensemble.estimator import TaskFeatures, pairwise_margins
 
-    features = []
+    found = []
     for name in store.tasks:
         train, validation = store[name, "train"], store[name, "validation"]
-        features.append(
+        if validation.class_scores is None or validation.class_features is None:
+            raise InputError(f"{store.folder}/{name}/validation: no class scores; run the gradients stage again")
+        rows, margins, starts = train.features, train.margins, None
+        if train.class_scores is not None and train.class_features is not None:
+            rows, margins, starts = pairwise_margins(train.class_scores, train.class_features, train.labels)
+        found.append(
             TaskFeatures(
                 name=name,
-                train_features=np.asarray(train.features),
-                train_margins=np.asarray(train.margins),
-                validation_scores=np.asarray(validation.class_scores),
-                validation_features=np.asarray(validation.class_features),
-                validation_labels=np.asarray(validation.labels),
+                train_features=rows,
+                train_margins=margins,
+                train_starts=starts,
+                validation_scores=validation.class_scores,
+                validation_features=validation.class_features,
+                validation_labels=validation.labels,
             )
         )
-    return features
+    return found

@@ -17,9 +17,9 @@ from ray_ensemble.gradients import GradientStore
 pytestmark = pytest.mark.ray
 
 
-def write_job(folder: Path, model: Path, tasks: Path, **changes: object) -> Path:
+def write_job(folder: Path, base: Path, tasks: Path, **changes: object) -> Path:
     job = {
-        "model": {"source": str(model)},
+        "model": {"source": str(base)},
         "tasks": [{"source": str(tasks)}],
         "limits": {"max_tokens": 64},
         "gradients": {"dim": 64, "replicas": 2},

@@ -12,7 +12,7 @@
 from ray_ensemble.estimator.affinity import Affinity, sample_subsets
 from ray_ensemble.estimator.budget import RegularizationChoice, choose_regularization, group_regularization
 from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate
-from ray_ensemble.estimator.features import TaskFeatures, validation_halves
+from ray_ensemble.estimator.features import TaskFeatures, pairwise_margins, validation_halves
 from ray_ensemble.estimator.fit import Fit, fit_margins, fit_path
 from ray_ensemble.estimator.predict import Estimate, estimate_task
 
@@ -30,6 +30,7 @@ __all__ = [
     "fit_margins",
     "fit_path",
     "group_regularization",
+    "pairwise_margins",
     "sample_subsets",
     "validation_halves",
 ]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ray_ensemble.config import TrainingConfig
-from ray_ensemble.estimator.features import FloatArray, TaskFeatures, validation_halves
+from ray_ensemble.estimator.features import FloatArray, IntArray, TaskFeatures, validation_halves
 from ray_ensemble.estimator.fit import Fit, Vector, fit_path
 from ray_ensemble.estimator.predict import estimate_task
 
@@ -50,15 +50,20 @@ def group_regularization(
     return reference * steps_ref / steps
 
 
-def stack_group(features: Sequence[TaskFeatures], members: Sequence[int]) -> tuple[FloatArray, FloatArray, Vector]:
-    """Training rows (N, d), margins (N,) and weights (N,) of a group.
+def stack_group(
+    features: Sequence[TaskFeatures], members: Sequence[int]
+) -> tuple[FloatArray, FloatArray, Vector, IntArray]:
+    """Training rows (M, d), margins (M,), weights (N,) and first rows (N,) of a group's N examples.
 
-    The training sampler draws every example of a group equally often, so every weight is 1/N; another sampler would
-    need other weights, or the estimate models another training.
+    The training sampler draws every example of a group equally often, so every weight is 1/N; another sampler would need
+    other weights, or the estimate models another training.
     """
     rows = np.concatenate([features[task].train_features for task in members])
     margins = np.concatenate([features[task].train_margins for task in members])
-    return rows, margins, np.full(len(rows), 1.0 / len(rows))
+    sizes = [len(features[task].train_features) for task in members]
+    before = np.cumsum([0, *sizes[:-1]])
+    starts = np.concatenate([features[task].starts + first for task, first in zip(members, before, strict=True)])
+    return rows, margins, np.full(len(starts), 1.0 / len(starts)), starts
 
 
 def prediction_flops(task: TaskFeatures) -> int:
@@ -94,7 +99,8 @@ def choose_regularization(
     paths = {}
     for group in groups:
         path = [group_regularization(value, training, features, group) for value in grid]
-        paths[group] = fit_path(*stack_group(features, group), path, tolerance=PATH_TOLERANCE)
+        rows, margins, weights, starts = stack_group(features, group)
+        paths[group] = fit_path(rows, margins, weights, path, starts=starts, tolerance=PATH_TOLERANCE)
     losses: list[float] = []
     flops = 0
     for _ in grid:

@@ -74,7 +74,8 @@ class Estimator:
         """β of a group, not cached, and the λ that it was fitted with. Members out of range are an `IndexError`."""
         group = self._group(members)
         regularization = group_regularization(self.regularization, self.training, self.features, group)
-        fit = fit_margins(*stack_group(self.features, group), regularization)
+        rows, margins, weights, starts = stack_group(self.features, group)
+        fit = fit_margins(rows, margins, weights, regularization, starts=starts)
         return fit, regularization
 
     def group(self, members: Iterable[int]) -> GroupEstimate:

@@ -22,8 +22,9 @@ IntArray = NDArray[np.signedinteger[Any]]
 class TaskFeatures:
     """One task as its gradients: N training examples, V validation examples, K labels, d projected dimensions.
 
-    - `train_features` (N, d) float32: φ(x) of the margin;
-    - `train_margins` (N,): f₀(x), the margin at θ₀, in nats;
+    - `train_features` (M, d) float32 and `train_margins` (M,): φ and f₀ (nats, at θ₀) of the margins s_y − s_k against
+      each wrong label, K − 1 rows an example; or of the one margin against all of them;
+    - `train_starts` (N,): the first row of each example; by default each row is an example;
     - `validation_scores` (V, K): raw label scores s_k(x) at θ₀, in nats;
     - `validation_features` (V, K, d): projected gradients of s_k − s_0, so `[:, 0]` is zero;
     - `validation_labels` (V,) integers in [0, K).
@@ -38,11 +39,13 @@ class TaskFeatures:
     validation_scores: FloatArray
     validation_features: FloatArray
     validation_labels: IntArray
+    train_starts: IntArray | None = None
 
     def __post_init__(self) -> None:
         expected = (*self.validation_scores.shape, self.dim)
-        if self.train_margins.shape != (self.examples,) or self.examples == 0:
-            raise ValueError(f"task '{self.name}': {self.train_margins.shape} margins for {self.examples} examples")
+        rows = self.train_features.shape[0]
+        if self.train_margins.shape != (rows,) or rows == 0:
+            raise ValueError(f"task '{self.name}': {self.train_margins.shape} margins for {rows} rows of features")
         if self.validation_features.shape != expected or len(expected) != 3 or expected[1] < 2:
             raise ValueError(
                 f"task '{self.name}': validation features {self.validation_features.shape}, expected {expected}"
@@ -58,7 +61,12 @@ class TaskFeatures:
     @property
     def examples(self) -> int:
         """Number N of training examples."""
-        return int(self.train_features.shape[0])
+        return int(self.train_features.shape[0] if self.train_starts is None else len(self.train_starts))
+
+    @property
+    def starts(self) -> IntArray:
+        """The first row (N,) of each training example."""
+        return np.arange(self.examples) if self.train_starts is None else self.train_starts
 
     @property
     def dim(self) -> int:
@@ -76,3 +84,24 @@ def validation_halves(count: int) -> tuple[IntArray, IntArray]:
     if count < 2:
         raise ValueError(f"a validation set of {count} cannot be split in two halves")
     return np.arange(0, count, 2, dtype=np.int64), np.arange(1, count, 2, dtype=np.int64)
+
+
+def pairwise_margins(
+    scores: FloatArray, features: FloatArray, labels: IntArray
+) -> tuple[FloatArray, FloatArray, IntArray]:
+    """Training rows of examples with K labels: margins against each wrong label.
+
+    Args:
+        scores: (N, K) label scores s_k at θ₀.
+        features: (N, K, d) projected gradients of s_k − s_0.
+        labels: (N,) right labels y.
+
+    Returns:
+        features (N·(K−1), d) float32 of s_y − s_k, margins (N·(K−1),), and the first row (N,) of each example.
+    """
+    count, classes = scores.shape
+    rows = np.arange(count)
+    wrong = np.arange(classes)[None, :] != labels[:, None]  # (N, K)
+    margins = (scores[rows, labels][:, None] - scores)[wrong]
+    slopes = (features[rows, labels][:, None, :] - features)[wrong]  # (N·(K−1), d)
+    return slopes.astype(np.float32), margins, rows * (classes - 1)

@@ -1,26 +1,29 @@
-"""The regularised logistic fit with the base margin as a fixed offset (Li et al. 2025; DESIGN section 2.3).
+"""The regularised logistic fit with the base margins as fixed offsets (Li et al. 2025; DESIGN section 2.3).
 
-    β = argmin Σ w_x log(1 + exp(−f₀(x) − φ(x)·β)) + λ‖β‖²,  Σw = 1
+    β = argmin Σ_x w_x log(1 + Σ_k exp(−f_k(x) − φ_k(x)·β)) + λ‖β‖²,  Σw = 1
 
+where k runs over the wrong labels of x, f_k = s_y − s_k and φ_k its projected gradient: −log softmax of the linearised scores.
+With two labels, or with one margin f = s_y − logsumexp s_k an example, it is the papers' logistic regression. It is
 solved by damped Newton steps in float64. Gradients are large (norms of a hundred), so the undamped step overshoots into
 regions where the loss is linear and diverges; a backtracking line search on the objective cannot.
 
-With fewer examples than dimensions the minimiser lies in the span of the features (β = Φᵀα, the representer theorem).
-With Φᵀ = QR, Q of orthonormal columns, β = Qγ keeps the norm, so the same problem with features Rᵀ (N×N) gives γ; no
-Gram matrix squares the condition number. One Newton step then costs N·k² + k³/3 multiplications, k = min(N, d).
+With fewer rows than dimensions the minimiser lies in the span of the features (β = Φᵀα, the representer theorem).
+With Φᵀ = QR, Q of orthonormal columns, β = Qγ keeps the norm, so the same problem with features Rᵀ (M×M) gives γ; no
+Gram matrix squares the condition number. One Newton step then costs M·k² + k³/3 multiplications, k = min(M, d), M rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, qr
 from scipy.special import expit
 
-from ray_ensemble.estimator.features import FloatArray
+from ray_ensemble.estimator.features import FloatArray, IntArray
 
 Vector = NDArray[np.float64]
 
@@ -53,13 +56,16 @@ def fit_margins(
     weights: FloatArray,
     regularization: float,
     start: Vector | None = None,
+    *,
+    starts: IntArray | None = None,
 ) -> Fit:
     """Minimise the objective above from `start` (zero by default).
 
-    `features` (N, d) and `margins` (N,) of any float type, `weights` (N,) non-negative with sum 1, `regularization` λ
+    `features` (M, d) and `margins` (M,) of any float type, a row for each wrong label of each example; `starts` (N,) is the
+    first row of every example (each row an example by default); `weights` (N,) non-negative with sum 1, `regularization` λ
     > 0. Anything else is a `ValueError`. The result is within about 1e-9 of the optimum, relative to the objective.
     """
-    return next(fit_path(features, margins, weights, [regularization], start))
+    return next(fit_path(features, margins, weights, [regularization], start, starts=starts))
 
 
 def fit_path(
@@ -69,18 +75,20 @@ def fit_path(
     regularizations: Iterable[float],
     start: Vector | None = None,
     *,
+    starts: IntArray | None = None,
     tolerance: float = TOLERANCE,
 ) -> Iterator[Fit]:
-    """Yield the fit of each λ in turn, each started from the one before; the reduction to N×N is done once.
+    """Yield the fit of each λ in turn, each started from the one before; the reduction to M×M is done once.
 
     Lazy, so that a caller can stop along the path. Going from large to small λ keeps every start close to its
     optimum. `tolerance` bounds the distance to the optimal objective, relative to it. Other arguments and errors as
     for `fit_margins`.
     """
-    _check(features, margins, weights)
+    starts = np.arange(features.shape[0]) if starts is None else starts
+    _check(features, margins, weights, starts)
     rows, basis, flops = _reduce(features)
+    problem = _Problem(rows, starts, weights.astype(np.float64))
     offsets = margins.astype(np.float64)
-    shares = weights.astype(np.float64)
     gamma = np.zeros(rows.shape[1]) if start is None else start.astype(np.float64)
     if start is not None and basis is not None:
         gamma = basis.T @ gamma
@@ -88,7 +96,7 @@ def fit_path(
         if not (np.isfinite(regularization) and regularization > 0):
             raise ValueError(f"regularization must be positive and finite, not {regularization}")
         gamma, objective, iterations, converged = _newton(
-            rows, offsets, shares, gamma, regularization=regularization, tolerance=tolerance
+            problem, offsets, gamma, regularization=regularization, tolerance=tolerance
         )
         flops += iterations * _step_flops(*rows.shape)
         beta = gamma if basis is None else basis @ gamma
@@ -96,75 +104,117 @@ def fit_path(
         flops = 0
 
 
-def _check(features: FloatArray, margins: FloatArray, weights: FloatArray) -> None:
-    if features.ndim != 2 or features.shape[0] == 0 or not margins.shape == weights.shape == features.shape[:1]:
-        raise ValueError(f"features {features.shape}, margins {margins.shape} and weights {weights.shape} do not fit")
+def _check(features: FloatArray, margins: FloatArray, weights: FloatArray, starts: IntArray) -> None:
+    if (
+        features.ndim != 2
+        or features.shape[0] == 0
+        or margins.shape != features.shape[:1]
+        or weights.shape != starts.shape
+    ):
+        raise ValueError(
+            f"features {features.shape}, margins {margins.shape}, weights {weights.shape} and starts {starts.shape} do not fit"
+        )
+    if starts[0] != 0 or np.any(np.diff(starts) <= 0) or starts[-1] >= features.shape[0]:
+        raise ValueError("starts must begin at row 0, rise, and fit the rows")
     if np.any(weights < 0) or not np.isclose(float(weights.sum()), 1.0, rtol=1e-6):
         raise ValueError("weights must be non-negative with sum 1")
 
 
 def _reduce(features: FloatArray) -> tuple[FloatArray, Vector | None, int]:
-    """Rows of the problem to solve, (N, min(N, d)), the basis (d, N) where it was reduced, and the operations spent."""
-    examples, dim = features.shape
-    if examples < dim:
+    """Rows of the problem to solve, (M, min(M, d)), the basis (d, M) where it was reduced, and the operations spent."""
+    count, dim = features.shape
+    if count < dim:
         basis, upper = qr(features.T.astype(np.float64), mode="economic", check_finite=False)
-        # Householder QR and forming Q: 4dN² − 4N³/3 (Golub and Van Loan, section 5.2)
-        return np.ascontiguousarray(upper.T), basis, 4 * dim * examples**2 - 4 * examples**3 // 3
-    return (features.astype(np.float64) if examples <= BLOCK else features), None, 0
+        # Householder QR and forming Q: 4dM² − 4M³/3 (Golub and Van Loan, section 5.2)
+        return np.ascontiguousarray(upper.T), basis, 4 * dim * count**2 - 4 * count**3 // 3
+    return (features.astype(np.float64) if count <= BLOCK else features), None, 0
 
 
-def _step_flops(examples: int, dim: int) -> int:
+def _step_flops(count: int, dim: int) -> int:
     """Operations of one Newton step: symmetric product, Cholesky factor, three products with the rows."""
-    return examples * dim * (dim + 1) + dim**3 // 3 + 6 * examples * dim
+    return count * dim * (dim + 1) + dim**3 // 3 + 6 * count * dim
 
 
-def _blocks(rows: FloatArray) -> Iterator[tuple[slice, Vector]]:
-    for first in range(0, rows.shape[0], BLOCK):
-        part = slice(first, first + BLOCK)
-        yield part, rows[part].astype(np.float64, copy=False)
+class _Problem:
+    """The loss as a function of the fitted margins of all rows, (M,): its value, and its gradient and Hessian in β."""
 
+    def __init__(self, rows: FloatArray, starts: IntArray, weights: Vector) -> None:
+        self.rows, self.starts, self.weights = rows, starts, weights
+        self._lengths = np.diff(starts, append=rows.shape[0])
+        # Blocks of at most BLOCK rows that do not cut an example.
+        self._cuts = [0]
+        for first, last in zip(starts, starts + self._lengths, strict=True):
+            if last - self._cuts[-1] > BLOCK and first > self._cuts[-1]:
+                self._cuts.append(int(first))
+        self._cuts.append(rows.shape[0])
 
-def _times(rows: FloatArray, vector: Vector) -> Vector:
-    """Rows · vector, (N,) float64."""
-    return np.concatenate([block @ vector for _, block in _blocks(rows)])
+    def times(self, vector: Vector) -> Vector:
+        """Rows · vector, (M,) float64."""
+        return np.concatenate([block @ vector for _, block in self._blocks()])
 
+    def loss(self, fitted: Vector) -> float:
+        """Σ_x w_x log(1 + Σ_k exp(−f_k))."""
+        return float(self.weights @ softplus(np.logaddexp.reduceat(-fitted, self.starts)))
 
-def _derivatives(rows: FloatArray, fitted: Vector, shares: Vector) -> tuple[Vector, Vector]:
-    """Gradient (k,) and Hessian (k, k) of the weighted loss, without the penalty's terms."""
-    wrong = shares * expit(-fitted)
-    root = np.sqrt(wrong * expit(fitted))
-    dim = rows.shape[1]
-    gradient, hessian = np.zeros(dim), np.zeros((dim, dim))
-    for part, block in _blocks(rows):
-        gradient -= wrong[part] @ block
-        scaled = block * root[part, None]
-        hessian += scaled.T @ scaled  # numpy sees one matrix and calls the symmetric product: half the work
-    return gradient, hessian
+    def derivatives(self, fitted: Vector) -> tuple[Vector, Vector]:
+        """Gradient (k,) and Hessian (k, k) of the loss.
+
+        With p_k the share of wrong label k and φ̄ = Σ p_k φ_k, an example's gradient is −φ̄ and its Hessian the covariance
+        of φ over all labels (the right one has φ = 0): p(1 − p)·φφᵀ for a single row, else a sum of squares without
+        cancellation.
+        """
+        total = np.logaddexp.reduceat(-fitted, self.starts)  # log of the wrong labels' odds
+        share = np.exp(-fitted - np.repeat(softplus(total), self._lengths))
+        weight = np.repeat(self.weights, self._lengths)
+        right = expit(-total)
+        single = np.repeat(self._lengths == 1, self._lengths)
+        dim = self.rows.shape[1]
+        gradient, hessian = np.zeros(dim), np.zeros((dim, dim))
+        for part, block in self._blocks():
+            gradient -= (weight * share)[part] @ block
+            scaled = block * np.sqrt(weight * share)[part, None]
+            lone = single[part]
+            examples = slice(*np.searchsorted(self.starts, [part.start, part.stop]))
+            scaled[lone] *= np.sqrt(right[examples][self._lengths[examples] == 1])[:, None]
+            hessian += scaled[lone].T @ scaled[lone] if not lone.all() else scaled.T @ scaled
+            if not lone.all():
+                hessian += self._covariance(block, part, examples, share, right)
+        return gradient, hessian
+
+    def _covariance(self, block: Vector, part: slice, examples: slice, share: Vector, right: Vector) -> Vector:
+        """Σ_x w_x (Σ_k p_k (φ_k − φ̄)(φ_k − φ̄)ᵀ + p_y φ̄φ̄ᵀ) over the block's examples of several rows."""
+        many = self._lengths[examples] > 1
+        mean = np.add.reduceat(block * share[part, None], self.starts[examples] - part.start, axis=0)  # (N', k)
+        weights, lengths = self.weights[examples], self._lengths[examples]
+        rows = np.repeat(many, lengths)
+        apart = (block - np.repeat(mean, lengths, axis=0))[rows]
+        apart *= np.sqrt(np.repeat(weights, lengths) * share[part])[rows, None]
+        mean = mean[many] * np.sqrt(weights * right[examples])[many, None]
+        found: Vector = apart.T @ apart + mean.T @ mean
+        return found
+
+    def _blocks(self) -> Iterator[tuple[slice, Vector]]:
+        for first, last in pairwise(self._cuts):
+            yield slice(first, last), self.rows[first:last].astype(np.float64, copy=False)
 
 
 def _newton(
-    rows: FloatArray,
-    offsets: Vector,
-    shares: Vector,
-    start: Vector,
-    *,
-    regularization: float,
-    tolerance: float,
+    problem: _Problem, offsets: Vector, start: Vector, *, regularization: float, tolerance: float
 ) -> tuple[Vector, float, int, bool]:
     """Damped Newton from `start`: returns the minimiser, its objective, the steps taken and whether it converged."""
-    beta, fitted = start.copy(), offsets + _times(rows, start)
-    value = float(shares @ softplus(-fitted) + regularization * beta @ beta)
+    beta, fitted = start.copy(), offsets + problem.times(start)
+    value = float(problem.loss(fitted) + regularization * beta @ beta)
     for iteration in range(1, ITERATIONS + 1):
-        gradient, hessian = _derivatives(rows, fitted, shares)
+        gradient, hessian = problem.derivatives(fitted)
         gradient += 2.0 * regularization * beta
         # The trace only matters where λ is lost in rounding: any positive definite matrix gives a descent direction.
         hessian[np.diag_indices_from(hessian)] += 2.0 * regularization + 1e-14 * np.trace(hessian)
         direction = -cho_solve(cho_factor(hessian, overwrite_a=True, check_finite=False), gradient, check_finite=False)
         decrement = -float(gradient @ direction)
         converged = decrement <= 2.0 * tolerance * max(value, np.finfo(np.float64).tiny)
-        along = _times(rows, direction)
+        along = problem.times(direction)
         penalty = regularization * np.array([beta @ beta, 2.0 * beta @ direction, direction @ direction])
-        step, moved = _line_search(_line(fitted, along, shares, penalty), value, decrement)
+        step, moved = _line_search(_line(problem, fitted, along, penalty), value, decrement)
         if step == 0.0:  # no decrease is left in float64
             return beta, value, iteration, converged
         beta, fitted, value = beta + step * direction, fitted + step * along, moved
@@ -173,12 +223,11 @@ def _newton(
     return beta, value, ITERATIONS, False
 
 
-def _line(fitted: Vector, along: Vector, shares: Vector, penalty: Vector) -> Callable[[float], float]:
+def _line(problem: _Problem, fitted: Vector, along: Vector, penalty: Vector) -> Callable[[float], float]:
     """The objective as a function of the step; `penalty` holds the coefficients of its quadratic part."""
 
     def at(step: float) -> float:
-        loss = shares @ softplus(-(fitted + step * along))
-        return float(loss + penalty @ np.array([1.0, step, step**2]))
+        return problem.loss(fitted + step * along) + float(penalty @ np.array([1.0, step, step**2]))
 
     return at
 

@@ -34,6 +34,7 @@ from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
 _UNIT_EXAMPLES = 32
 _COUNTS = ("forward_tokens", "backward_tokens")
 GradientSplit = Literal["train", "validation"]
+Kind = Literal["margin", "classes"]  # one gradient an example, or one for each label but the first
 SPLITS: tuple[GradientSplit, ...] = ("train", "validation")
 
 
@@ -51,7 +52,7 @@ class ReplicaSpec:
 class GradientUnit:
     """A run of batches of one split. `indices` are the examples' places in the split, batch by batch."""
 
-    split: GradientSplit
+    kind: Kind
     label_ids: tuple[tuple[int, ...], ...]
     batches: tuple[tuple[EncodedExample, ...], ...]
     indices: tuple[int, ...]
@@ -93,7 +94,7 @@ class GradientReplica:
         before = self._collector.tokens_forward, self._collector.tokens_backward
         for examples in unit.batches:
             batch = make_batch(examples, [rows] * len(examples), classes, self._pad_id, self._device)
-            if unit.split == "train":
+            if unit.kind == "margin":
                 result = self._collector.margin_features(batch)
                 parts = {"margins": result.margins, "features": result.features}
             else:
@@ -192,10 +193,14 @@ class _SplitPlan:
         if split == "train" and config.max_examples is not None:
             examples = examples[: config.max_examples]
         self.task, self.split, self.examples = task, split, len(examples)
+        # With two labels the margin is the difference of scores up to its sign: one gradient tells all.
+        margin = split == "train" and (len(task.labels) == 2 or config.targets == "margin")
+        self.kind: Kind = "margin" if margin else "classes"
         self.labels = np.array([example.label for example in examples], dtype=np.int64)
         self.info = {
             "task": task.name,
             "split": split,
+            "kind": self.kind,
             "examples": len(examples),
             "data": split_hash(task, examples),
             "dim": config.dim,
@@ -217,7 +222,7 @@ class _SplitPlan:
         for batch in [*batches, None]:
             if batch is None or (run and sum(map(len, run)) + len(batch) > _UNIT_EXAMPLES):
                 unit = GradientUnit(
-                    split,
+                    self.kind,
                     task.label_ids,
                     tuple(tuple(examples[i] for i in indices) for indices in run),
                     tuple(i for indices in run for i in indices),
@@ -259,7 +264,7 @@ def _part_is_whole(path: Path) -> bool:
 def _summary(folder: Path, plan: dict[tuple[str, GradientSplit], _SplitPlan], peak: int) -> GradientPass:
     infos = [read_json(split_folder(folder, name, split) / "info.json") for name, split in plan]
     backwards = sum(
-        item.examples * (1 if split == "train" else len(item.task.labels) - 1) for (_, split), item in plan.items()
+        item.examples * (1 if item.kind == "margin" else len(item.task.labels) - 1) for item in plan.values()
     )
     return GradientPass(
         examples=sum(item.examples for item in plan.values()),

@@ -26,9 +26,9 @@ Array = NDArray[np.float32]
 class StoredGradients:
     """Gradients of one split of one task.
 
-    Training splits have `features` (N, d), `margins` (N,) and `labels` (N,). Validation splits have besides `class_scores`
-    (N, K), the base's label scores, and `class_features` (N, K, d), the features of s_k − s_0; their `features` and
-    `margins` follow from these.
+    Every split has `features` (N, d), `margins` (N,) and `labels` (N,). Validation splits, and training splits of tasks
+    with more than two labels, have besides `class_scores` (N, K), the base's label scores, and `class_features` (N, K, d),
+    the features of s_k − s_0; `features` and `margins` then follow from these.
     """
 
     features: Array

@@ -67,6 +67,7 @@ def fingerprint(features: Sequence[TaskFeatures], config: JobConfig) -> str:
         for field in (
             "train_features",
             "train_margins",
+            "starts",
             "validation_scores",
             "validation_features",
             "validation_labels",

@@ -66,17 +66,10 @@ def job_key(job: AdapterJob, tasks: Sequence[EncodedTask], config: JobConfig, ba
         "pack",
     ):
         del settings[key]  # they say how and for how long; `steps` and `seed` of the job say what
-    data = {task.name: split_hash(task, task["train"]) for task in tasks if task.name in job.members}
-    return sha256_json(
-        {
-            "members": sorted(job.members),
-            "data": data,
-            "steps": job.steps,
-            "seed": job.seed,
-            "training": settings,
-            **base,
-        }
-    )[:20]
+    # In the job's order, which is the order that the sampler counts in.
+    data = [[task.name, split_hash(task, task["train"])] for task in tasks if task.name in job.members]
+    content = {"data": data, "steps": job.steps, "seed": job.seed, "training": settings, "base": base}
+    return sha256_json(content)[:20]
 
 
 def finished(folder: Path, key: str) -> TrainedAdapter | None:

@@ -73,7 +73,7 @@ def test_a_planted_change_is_estimated_as_well_as_it_is_true():
     tasks, _ = planted_tasks(4, 1, train=2000, validation=2000, dim=10, own=0.0, seed=2)
     estimator = Estimator(tasks, TRAINING, 1e-6)
     estimates = estimator.group(range(4))
-    rows, margins, weights = stack_group(tasks, range(4))
+    rows, margins, weights, _ = stack_group(tasks, range(4))
     fit = fit_margins(rows, margins, weights, 1e-9)
     for task, estimate in zip(tasks, estimates.search, strict=True):
         untouched = estimate_task(np.zeros(10), task, np.arange(2000))
@@ -99,7 +99,7 @@ def test_fewer_steps_promise_less(tasks):
 
 def test_weights_of_a_group_are_those_of_the_sampler(tasks):
     shorter = replace(tasks[1], train_features=tasks[1].train_features[:20], train_margins=tasks[1].train_margins[:20])
-    rows, margins, weights = stack_group([tasks[0], shorter], (0, 1))
+    rows, margins, weights, _ = stack_group([tasks[0], shorter], (0, 1))
     assert rows.shape == (80, 30)
     assert margins.shape == (80,)
     np.testing.assert_allclose(weights, 1 / 80)

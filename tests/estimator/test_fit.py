@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import expit, log_softmax, softmax
 
-from ray_ensemble.estimator import fit_margins, fit_path
+from ray_ensemble.estimator import fit_margins, fit_path, pairwise_margins
 from ray_ensemble.estimator.fit import softplus
 
 
@@ -165,3 +165,80 @@ def test_refuses_what_is_no_problem(margins, weights, regularization):
 
 def test_softplus_is_stable():
     np.testing.assert_allclose(softplus(np.array([-800.0, -40.0, 0.0, 800.0])), [0, np.exp(-40), np.log(2), 800])
+
+
+def class_problem(dim, counts=((25, 2), (20, 4), (15, 3)), norm=5.0, seed=0):
+    """Tasks with two, four and three labels in one fit: scores, features of s_k − s_0, labels."""
+    generator = np.random.default_rng(seed)
+    tasks = []
+    for count, classes in counts:
+        features = generator.normal(size=(count, classes, dim)) * norm / np.sqrt(dim)
+        features[:, 0] = 0.0
+        tasks.append((generator.normal(size=(count, classes)), features, generator.integers(0, classes, count)))
+    return tasks
+
+
+def softmax_value(beta, tasks, regularization):
+    losses = [-log_softmax(s + c @ beta, axis=1)[np.arange(len(y)), y] for s, c, y in tasks]
+    return np.concatenate(losses).mean() + regularization * beta @ beta
+
+
+def softmax_gradient(beta, tasks, regularization):
+    total = 2 * regularization * beta
+    for s, c, y in tasks:
+        residual = softmax(s + c @ beta, axis=1)
+        residual[np.arange(len(y)), y] -= 1
+        total = total + np.einsum("nk,nkd->d", residual, c) / sum(len(y) for _, _, y in tasks)
+    return total
+
+
+@pytest.mark.parametrize("dim", [6, 40, 300])
+@pytest.mark.parametrize("regularization", [1.0, 1e-2, 1e-4])
+def test_pairwise_margins_give_the_softmax_regression(dim, regularization, monkeypatch):
+    monkeypatch.setattr("ray_ensemble.estimator.fit.BLOCK", 32)  # blocks must not cut examples
+    tasks = class_problem(dim)
+    parts = [pairwise_margins(*task) for task in tasks]
+    before = np.cumsum([0] + [len(rows) for rows, _, _ in parts])
+    rows, margins = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    starts = np.concatenate([part[2] + first for part, first in zip(parts, before, strict=False)])
+    weights = np.full(60, 1 / 60)
+    fit = fit_margins(rows, margins, weights, regularization, starts=starts)
+    # The same features in float32, as the store keeps them.
+    single = [(s, c.astype(np.float32).astype(np.float64), y) for s, c, y in tasks]
+    options = {"ftol": 0, "gtol": 1e-11, "maxiter": 5000}
+    best = minimize(
+        softmax_value, np.zeros(dim), (single, regularization), "L-BFGS-B", softmax_gradient, options=options
+    )
+    assert fit.converged
+    assert fit.objective == pytest.approx(softmax_value(fit.beta, single, regularization), rel=1e-5)
+    assert fit.objective <= best.fun * (1 + 1e-5)
+
+
+def test_derivatives_are_those_of_the_loss():
+    from ray_ensemble.estimator.fit import _Problem
+
+    tasks = class_problem(5, norm=2.0, seed=4)
+    parts = [pairwise_margins(*task) for task in tasks]
+    before = np.cumsum([0] + [len(rows) for rows, _, _ in parts])
+    rows, margins = (np.concatenate([part[i] for part in parts]).astype(np.float64) for i in (0, 1))
+    starts = np.concatenate([part[2] + first for part, first in zip(parts, before, strict=False)])
+    problem = _Problem(rows, starts, np.full(60, 1 / 60))
+    beta = np.random.default_rng(1).normal(size=5)
+
+    def loss(b):
+        return problem.loss(margins + rows @ b)
+
+    slope, hessian = problem.derivatives(margins + rows @ beta)
+    step = 1e-5 * np.eye(5)
+    numeric = [(loss(beta + e) - loss(beta - e)) / 2e-5 for e in step]
+    np.testing.assert_allclose(slope, numeric, rtol=1e-6, atol=1e-9)
+    slopes = [problem.derivatives(margins + rows @ (beta + s * e))[0] for e in step for s in (1, -1)]
+    numeric = (np.array(slopes[::2]) - np.array(slopes[1::2])) / 2e-5
+    np.testing.assert_allclose(hessian, numeric, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("starts", [[1, 2], [0, 0], [0, 4], [0, 3, 2]])
+def test_refuses_starts_that_do_not_fit(starts):
+    count = len(starts)
+    with pytest.raises(ValueError, match="starts"):
+        fit_margins(np.zeros((4, 2)), np.zeros(4), np.full(count, 1 / count), 1.0, starts=np.array(starts))
