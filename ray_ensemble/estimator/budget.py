@@ -17,7 +17,7 @@ import numpy as np
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.estimator.features import FloatArray, IntArray, TaskFeatures, validation_halves
 from ray_ensemble.estimator.fit import Fit, Vector, fit_path
-from ray_ensemble.estimator.predict import estimate_task
+from ray_ensemble.estimator.predict import estimate_held_out
 
 GRID_DECADES = (1.0, -6.0)  # λ_ref relative to the mean squared norm of the features, large to small
 GRID_STEPS_PER_DECADE = 2
@@ -50,6 +50,12 @@ def group_regularization(
     return reference * steps_ref / steps
 
 
+def first_rows(features: Sequence[TaskFeatures], members: Sequence[int]) -> list[int]:
+    """The row of a group's stacked training rows at which each member begins."""
+    sizes = [len(features[task].train_features) for task in members]
+    return [sum(sizes[:place]) for place in range(len(sizes))]
+
+
 def stack_group(
     features: Sequence[TaskFeatures], members: Sequence[int]
 ) -> tuple[FloatArray, FloatArray, Vector, IntArray]:
@@ -60,9 +66,8 @@ def stack_group(
     """
     rows = np.concatenate([features[task].train_features for task in members])
     margins = np.concatenate([features[task].train_margins for task in members])
-    sizes = [len(features[task].train_features) for task in members]
-    before = np.cumsum([0, *sizes[:-1]])
-    starts = np.concatenate([features[task].starts + first for task, first in zip(members, before, strict=True)])
+    firsts = first_rows(features, members)
+    starts = np.concatenate([features[task].starts + first for task, first in zip(members, firsts, strict=True)])
     return rows, margins, np.full(len(starts), 1.0 / len(starts)), starts
 
 
@@ -78,7 +83,8 @@ def choose_regularization(
     subsets: Sequence[tuple[int, ...]],
     seed: int = 0,
 ) -> RegularizationChoice:
-    """Choose λ_ref on a logarithmic grid by the estimated loss on the search half of the validation data.
+    """Choose λ_ref on a logarithmic grid by the estimated loss on the search half of the validation data and on the
+    training examples, each left out of the fit.
 
     Three kinds of group vote: the affinity's sampled `subsets`, each single task, and all tasks together. Each kind
     has the same weight, and inside a kind every task has: the search compares groups of every size with λ scaled by
@@ -107,7 +113,10 @@ def choose_regularization(
         by_group: dict[tuple[int, ...], Sequence[float]] = {}
         for group, fits in paths.items():
             fit: Fit = next(fits)
-            by_group[group] = [estimate_task(fit.beta, features[task], halves[task]).loss for task in group]
+            by_group[group] = [
+                estimate_held_out(fit, first, features[task], halves[task]).loss
+                for task, first in zip(group, first_rows(features, group), strict=True)
+            ]
             flops += fit.flops + sum(prediction_flops(features[task]) for task in group) // 2
         losses.append(float(np.mean([_mean_by_task(kind, by_group) for kind in kinds if kind])))
         if len(losses) - 1 - int(np.argmin(losses)) >= PATIENCE:

@@ -8,10 +8,10 @@ from typing import Literal
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError
-from ray_ensemble.estimator.budget import group_regularization, prediction_flops, stack_group
+from ray_ensemble.estimator.budget import first_rows, group_regularization, prediction_flops, stack_group
 from ray_ensemble.estimator.features import TaskFeatures, validation_halves
 from ray_ensemble.estimator.fit import Fit, fit_margins
-from ray_ensemble.estimator.predict import Estimate, estimate_task
+from ray_ensemble.estimator.predict import Estimate, estimate_held_out, estimate_task
 
 Group = tuple[int, ...]
 Metric = Literal["loss", "accuracy"]
@@ -89,10 +89,12 @@ class Estimator:
             return found
         fit, regularization = self.fit(group)
         flops = fit.flops + sum(prediction_flops(self.features[task]) for task in group)
-        search, report = (
-            tuple(estimate_task(fit.beta, self.features[task], self._halves[task][half]) for task in group)
-            for half in (0, 1)
+        firsts = first_rows(self.features, group)
+        search = tuple(
+            estimate_held_out(fit, first, self.features[task], self._halves[task][0])
+            for task, first in zip(group, firsts, strict=True)
         )
+        report = tuple(estimate_task(fit.beta, self.features[task], self._halves[task][1]) for task in group)
         estimate = GroupEstimate(group, search, report, regularization, fit.iterations, flops)
         self.fits += 1
         self.flops += flops

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from ray_ensemble.estimator.features import IntArray, TaskFeatures
-from ray_ensemble.estimator.fit import Vector
+from ray_ensemble.estimator.fit import Fit, Vector, softplus
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,21 @@ def estimate_task(beta: Vector, task: TaskFeatures, indices: IntArray) -> Estima
     labels = task.validation_labels[indices]
     losses = -log_softmax(scores, axis=1)[np.arange(labels.size), labels]
     return Estimate(float(losses.mean()), float(np.mean(scores.argmax(axis=1) == labels)))
+
+
+def estimate_held_out(fit: Fit, first: int, task: TaskFeatures, indices: IntArray) -> Estimate:
+    """Estimate the task on validation examples `indices` and on its own training examples, each left out of the fit.
+
+    Training examples are several times as many as half of a validation set, and what a search picks among hundreds of groups is
+    only as good as the number of examples that it looks at. `first` is the task's first row in the fit. With one margin
+    against all wrong labels (`gradients.targets: margin`), a training example counts as right from a share of one half on.
+    """
+    held_out = estimate_task(fit.beta, task, indices)
+    margins = fit.left_out[first : first + len(task.train_features)]
+    losses = softplus(np.logaddexp.reduceat(-margins, task.starts))
+    hits = np.minimum.reduceat(margins, task.starts) > 0
+    count, extra = indices.size, losses.size
+    return Estimate(
+        float((count * held_out.loss + losses.sum()) / (count + extra)),
+        float((count * held_out.accuracy + hits.sum()) / (count + extra)),
+    )

@@ -38,7 +38,8 @@ def convert_samples(rows: Iterable[tuple[int, Mapping[str, Any]]], config: TaskC
     or else in the labels. A plain row has its strings and numbers as fields and its label under `config.label_field`.
 
     Examples whose prompt fields agree (without case and blanks) are kept once, and not at all where their labels
-    differ; then `config.part` is taken. Validation gets a fifth (at most 500), test three tenths (at most 1,000), train at most 2,000.
+    differ; then `config.part` is taken. Validation gets a fifth (at most 500), test three tenths (at most 1,000), train
+    at most 2,000.
 
     Raises:
         InputError: a prompt, label, answer or field does not fit; names `where` and the row's number.

@@ -242,3 +242,32 @@ def test_refuses_starts_that_do_not_fit(starts):
     count = len(starts)
     with pytest.raises(ValueError, match="starts"):
         fit_margins(np.zeros((4, 2)), np.zeros(4), np.full(count, 1 / count), 1.0, starts=np.array(starts))
+
+
+@pytest.mark.parametrize("dim", [8, 200])
+@pytest.mark.parametrize("regularization", [0.3, 0.02])
+def test_left_out_margins_are_close_to_those_of_fits_without_the_example(dim, regularization):
+    tasks = class_problem(dim, norm=4.0, seed=2)
+    parts = [pairwise_margins(*task) for task in tasks]
+    before = np.cumsum([0] + [len(rows) for rows, _, _ in parts])
+    rows, margins = (np.concatenate([part[i] for part in parts]).astype(np.float64) for i in (0, 1))
+    starts = np.concatenate([part[2] + first for part, first in zip(parts, before, strict=False)])
+    ends = np.append(starts[1:], len(rows))
+    whole = fit_margins(rows, margins, np.full(60, 1 / 60), regularization, starts=starts)
+    approximate, exact, fitted = [], [], []
+    for x in range(0, 60, 3):
+        mine = np.arange(starts[x], ends[x])
+        kept = np.delete(np.arange(len(rows)), mine)
+        lengths = np.delete(ends - starts, x)
+        others = np.cumsum([0, *lengths[:-1]])
+        # Without its example the sum of weights is 59/60; dividing by it keeps the balance with the penalty.
+        without = fit_margins(
+            rows[kept], margins[kept], np.full(59, 1 / 59), regularization * 60 / 59, starts=others
+        ).beta
+        approximate += list(whole.left_out[mine])
+        exact += list(margins[mine] + rows[mine] @ without)
+        fitted += list(margins[mine] + rows[mine] @ whole.beta)
+    approximate, exact, fitted = map(np.array, (approximate, exact, fitted))
+    optimism = np.sqrt(np.mean((fitted - exact) ** 2))
+    assert np.sqrt(np.mean((approximate - exact) ** 2)) < 0.15 * optimism
+    assert np.mean(fitted - exact) > 0, "a fit flatters its own examples"
