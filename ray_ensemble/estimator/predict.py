@@ -42,15 +42,15 @@ def estimate_held_out(fit: Fit, first: int, task: TaskFeatures, indices: IntArra
     """Estimate the task on validation examples `indices` and on its own training examples, each left out of the fit.
 
     Training examples are several times as many as half of a validation set, and what a search picks among hundreds of groups is
-    only as good as the number of examples that it looks at. `first` is the task's first row in the fit. With one margin
-    against all wrong labels (`gradients.targets: margin`), a training example counts as right from a share of one half on.
+    only as good as the number of examples that it looks at. `first` is the task's first row in the fit. One margin against
+    several wrong labels (`gradients.targets: margin`) does not tell which score is largest; accuracy is then the validation's.
     """
     held_out = estimate_task(fit.beta, task, indices)
     margins = fit.left_out[first : first + len(task.train_features)]
     losses = softplus(np.logaddexp.reduceat(-margins, task.starts))
-    hits = np.minimum.reduceat(margins, task.starts) > 0
     count, extra = indices.size, losses.size
-    return Estimate(
-        float((count * held_out.loss + losses.sum()) / (count + extra)),
-        float((count * held_out.accuracy + hits.sum()) / (count + extra)),
-    )
+    loss = float((count * held_out.loss + losses.sum()) / (count + extra))
+    if len(margins) < extra * (task.validation_scores.shape[1] - 1):
+        return Estimate(loss, held_out.accuracy)
+    hits = np.minimum.reduceat(margins, task.starts) > 0
+    return Estimate(loss, float((count * held_out.accuracy + hits.sum()) / (count + extra)))

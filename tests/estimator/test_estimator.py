@@ -20,6 +20,7 @@ from ray_ensemble.estimator import (
     validation_halves,
 )
 from ray_ensemble.estimator.budget import stack_group
+from ray_ensemble.estimator.predict import estimate_held_out
 from ray_ensemble.estimator.planted import planted_tasks
 
 TRAINING = TrainingConfig(min_steps=0)
@@ -138,7 +139,21 @@ def test_features_of_zero_can_be_estimated(tasks):
     ]
     choice = choose_regularization(still, TRAINING, [(0, 1, 2)])
     found = Estimator(still, TRAINING, choice.value).group((0, 1))
-    assert found.search[0] == estimate_task(np.zeros(30), still[0], validation_halves(61)[0])
+    search, report = (estimate_task(np.zeros(30), still[0], half) for half in validation_halves(61))
+    assert found.report[0] == report
+    untrained = np.log1p(np.exp(-still[0].train_margins))
+    assert found.search[0].loss == pytest.approx((31 * search.loss + untrained.sum()) / (31 + len(untrained)))
+
+
+def test_training_examples_count_as_held_out_ones():
+    """On pairwise margins too: what the search looks at is near what fresh data say, where the fit's own rows flatter."""
+    (task,), _ = planted_tasks(1, 1, train=150, validation=4000, labels=2, dim=60, seed=5)
+    estimator = Estimator([task], TRAINING, 0.02)
+    fit, _ = estimator.fit((0,))
+    fresh = estimate_task(fit.beta, task, np.arange(4000)).loss
+    flattering = np.log1p(np.exp(-(task.train_margins + task.train_features @ fit.beta))).mean()
+    held_out = estimate_held_out(fit, 0, task, np.arange(1)).loss
+    assert abs(held_out - fresh) < 0.3 * (fresh - flattering)
 
 
 def test_groups_are_cached_by_members_and_counted_once(tasks):
