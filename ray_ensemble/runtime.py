@@ -14,7 +14,7 @@ from ray_ensemble.errors import InputError, RunError
 # Train's controller polls every 2 s and holds up each report() until it does; the watcher and the metrics cost a process
 # each. They are read when Train is imported, hence here, before any import of Ray, and handed on to Ray's workers.
 _TRAIN_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -58,14 +58,28 @@ def ray_session() -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         # Train's clean-up of a dead controller asks the dashboard, so the dashboard has to run.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": _OBJECT_STORE}
-    try:
-        ray.init(**options)
-    except ConnectionError as error:
-        raise InputError(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster answers ({error})") from None
+    _start(options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(options: dict[str, Any]) -> None:
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    for attempt in (1, 2):
+        try:
+            ray.init(**options)
+            return
+        except ConnectionError as error:
+            raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers ({error})") from None
+        except Exception as error:  # Ray raises the bare class when its processes take more than 30 s to start
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == 2:
+                raise RunError(f"Ray did not start on this machine: {error}") from error
+            print("Ray is slow to start on this busy machine; trying once more", flush=True)
 
 
 def cluster_cpus() -> int:

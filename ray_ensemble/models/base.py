@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,4 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -146,7 +146,9 @@ def _run_all(
             f"training asks for {training.cpus:g} CPUs and {gpus:g} GPUs a job, the cluster has {cluster_cpus()} CPUs "
             f"and {cluster_gpus()} GPUs: lower training.cpus or training.gpus"
         )
-    at_once = len(wanted) if training.concurrency == "auto" else training.concurrency
+    # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
+    fitting = int(min(cluster_cpus() / training.cpus, cluster_gpus() / gpus if gpus else float("inf")))
+    at_once = min(len(wanted), fitting if training.concurrency == "auto" else training.concurrency)
     ordered = sorted(wanted.items(), key=lambda item: -item[1].steps)
     total = sum(job.steps for job in wanted.values())
     failures: dict[str, BaseException] = {}
