@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import write_task
+from tiny import write_task
 
 from ray_ensemble.cli import main
 

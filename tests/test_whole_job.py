@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import OPTIONS, write_task
+from tiny import OPTIONS, write_task
 
 from ray_ensemble import Job
 from ray_ensemble.cli import main

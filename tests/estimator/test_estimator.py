@@ -20,8 +20,8 @@ from ray_ensemble.estimator import (
     validation_halves,
 )
 from ray_ensemble.estimator.budget import stack_group
-from ray_ensemble.estimator.predict import estimate_held_out
 from ray_ensemble.estimator.planted import planted_tasks
+from ray_ensemble.estimator.predict import estimate_held_out
 
 TRAINING = TrainingConfig(min_steps=0)
 

@@ -108,7 +108,7 @@ def living_actors() -> list[str]:
 
 
 @pytest.mark.ray
-def test_search_finds_the_planted_groups_and_says_so(planted, ray_local, tmp_path, capfd):
+def test_search_finds_the_planted_groups_and_says_so(planted, ray_cluster, tmp_path, capfd):
     from ray.util import placement_group_table
 
     from ray_ensemble.grouping import run_search
@@ -152,7 +152,7 @@ def test_search_finds_the_planted_groups_and_says_so(planted, ray_local, tmp_pat
 
 
 @pytest.mark.ray
-def test_one_trial_at_a_time_or_two_give_the_same_bytes(planted, ray_local, tmp_path):
+def test_one_trial_at_a_time_or_two_give_the_same_bytes(planted, ray_cluster, tmp_path):
     from ray_ensemble.grouping import run_search
 
     tasks, _ = planted
@@ -164,7 +164,7 @@ def test_one_trial_at_a_time_or_two_give_the_same_bytes(planted, ray_local, tmp_
 
 
 @pytest.mark.ray
-def test_a_failing_trial_is_told(planted, ray_local, tmp_path, monkeypatch):
+def test_a_failing_trial_is_told(planted, ray_cluster, tmp_path, monkeypatch):
     from ray_ensemble.estimator.features import TaskFeatures
     from ray_ensemble.grouping import run_search
 
@@ -197,7 +197,7 @@ print("whole", flush=True)
 
 @pytest.mark.ray
 @pytest.mark.chaos
-def test_a_killed_search_goes_on_to_the_same_partition(ray_local, tmp_path):
+def test_a_killed_search_goes_on_to_the_same_partition(ray_cluster, tmp_path):
     """SIGKILL to the driver in mid-search; the trials that were whole are not run again."""
     import ray
 
