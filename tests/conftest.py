@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import OPTIONS, write_model, write_task
+from tiny import OPTIONS, write_job, write_model, write_task
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -37,9 +38,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def ray_cluster() -> Iterator[None]:
     """One Ray cluster of this machine for all tests that run in this process."""
     from ray_ensemble.runtime import ray_session
 
     with ray_session():
         yield
+
+
+@pytest.fixture(scope="session")
+def whole_job(tiny_model: Path, task_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job file of four tasks, one of them with four labels that share their first token."""
+    return write_job(tmp_path_factory.mktemp("whole"), tiny_model, task_folder)
+
+
+@pytest.fixture(scope="session")
+def finished_run(ray_cluster: None, whole_job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That job, run undisturbed by the library in this process."""
+    from ray_ensemble import Job
+
+    return Job.from_yaml(whole_job).run(tmp_path_factory.mktemp("finished") / "run").folder

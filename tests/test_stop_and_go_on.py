@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_whole_job import write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-TIMEOUT = 300.0
+TIMEOUT = 540.0
 
 
 class Driver:
@@ -76,22 +75,6 @@ def kill_worker(driver: Driver, title: str) -> bool:
     return False
 
 
-@pytest.fixture(scope="module")
-def job(tiny_model, task_folder, tmp_path_factory) -> Path:
-    return write_job(
-        tmp_path_factory.mktemp("stopped"), tiny_model, task_folder,
-        search={"groups": [2], "trials": 2},
-        training={"epochs": 2, "min_steps": 40, "learning_rate": 5.0e-3, "checkpoint_every": 2, "concurrency": 2},
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def undisturbed(job, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "run"
-    Driver(job, output).finish()
-    return output
-
-
 def assert_same_end(output: Path, undisturbed: Path) -> None:
     assert (output / "partition.json").read_bytes() == (undisturbed / "partition.json").read_bytes()
     ours, theirs = (json.loads((o / "metrics.json").read_text()) for o in (output, undisturbed))
@@ -103,7 +86,7 @@ def assert_same_end(output: Path, undisturbed: Path) -> None:
         assert (output / file.relative_to(undisturbed)).read_bytes() == file.read_bytes(), file
 
 
-def test_driver_killed_in_gradients_search_and_training(job, undisturbed, tmp_path):
+def test_driver_killed_in_gradients_search_and_training(whole_job, finished_run, tmp_path):
     output = tmp_path / "run"
     parts = output / "gradients" / ".parts"
     moments = {
@@ -112,22 +95,22 @@ def test_driver_killed_in_gradients_search_and_training(job, undisturbed, tmp_pa
         "a checkpoint": lambda: len(list((output / "checkpoints").glob("*/step-*"))) >= 3,
     }
     for what, reached in moments.items():
-        driver = Driver(job, output)
+        driver = Driver(whole_job, output)
         driver.wait_for(what, reached)
         driver.kill()
     kept = {p: p.stat().st_mtime_ns for p in (output / "gradients").rglob("*.npy")}
     steps = max(int(p.name.removeprefix("step-")) for p in (output / "checkpoints").glob("*/step-*"))
     assert steps > 0
-    Driver(job, output).finish()
-    assert_same_end(output, undisturbed)
+    Driver(whole_job, output).finish()
+    assert_same_end(output, finished_run)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept, "finished gradients were computed again"
 
 
-def test_workers_killed_in_gradients_and_training(job, undisturbed, tmp_path):
+def test_workers_killed_in_gradients_and_training(whole_job, finished_run, tmp_path):
     output = tmp_path / "run"
-    driver = Driver(job, output)
+    driver = Driver(whole_job, output)
     driver.wait_for("a gradient actor", lambda: kill_worker(driver, "ray::GradientReplica"))
     driver.wait_for("a checkpoint", lambda: any((output / "checkpoints").glob("*/step-*")))
     driver.wait_for("a training worker", lambda: kill_worker(driver, "ray::RayTrainWorker"))
     driver.finish()
-    assert_same_end(output, undisturbed)
+    assert_same_end(output, finished_run)

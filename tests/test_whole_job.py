@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
-from tiny import OPTIONS, write_task
+from tiny import OPTIONS, write_job, write_task
 
 from ray_ensemble import Job
 from ray_ensemble.cli import main
@@ -17,27 +17,15 @@ from ray_ensemble.gradients import GradientStore
 pytestmark = pytest.mark.ray
 
 
-def write_job(folder: Path, base: Path, tasks: Path, **changes: object) -> Path:
-    job = {
-        "model": {"source": str(base)},
-        "tasks": [{"source": str(tasks)}],
-        "limits": {"max_tokens": 64},
-        "gradients": {"dim": 64, "replicas": 2},
-        "search": {"groups": [2, 3], "trials": 4},
-        "training": {"epochs": 2, "min_steps": 12, "learning_rate": 5.0e-3, "checkpoint_every": 5},
-        **changes,
-    }
-    path = folder / "job.yaml"
-    path.write_text(yaml.safe_dump(job))
-    return path
+@pytest.fixture
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
-@pytest.fixture(scope="module")
-def run(ray_cluster, tiny_model, task_folder, tmp_path_factory) -> Path:
-    """A finished run of four tasks, one of them with four labels that share their first token."""
-    folder = tmp_path_factory.mktemp("whole")
-    result = Job.from_yaml(write_job(folder, tiny_model, task_folder)).run(folder / "run")
-    return result.folder
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy to spoil; a run folder does not mind being moved."""
+    return Path(shutil.copytree(finished_run, tmp_path / "copy"))
 
 
 def test_formats(run):
@@ -129,7 +117,8 @@ def test_a_finished_run_does_nothing_again(run, tiny_model, task_folder, capsys)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
-def test_damaged_gradients_are_named_and_only_they_are_recomputed(run, capsys):
+def test_damaged_gradients_are_named_and_only_they_are_recomputed(run_copy, capsys):
+    run = run_copy
     victim = run / "gradients" / "films" / "train" / "features.npy"
     good = victim.read_bytes()
     others = {p: p.stat().st_mtime_ns for p in (run / "gradients" / "phones").rglob("*.npy")}
@@ -143,8 +132,9 @@ def test_damaged_gradients_are_named_and_only_they_are_recomputed(run, capsys):
     assert {p: p.stat().st_mtime_ns for p in others} == others
 
 
-def test_redo_trains_nothing_that_is_known(run, tmp_path, capsys):
+def test_redo_trains_nothing_that_is_known(run_copy):
     """Another search seed reaches the same partition here, so that every adapter comes from the cache."""
+    run = run_copy
     trained = {p: p.stat().st_mtime_ns for p in (run / "trained").glob("*/result.json")}
     before = json.loads((run / "partition.json").read_text())["groups"]
     job = Job.from_yaml(run / "config.yaml", ["search.trials=5"])

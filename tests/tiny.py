@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 POSITIVE = ["good", "great", "fine", "lovely", "superb", "happy"]
 NEGATIVE = ["bad", "awful", "poor", "nasty", "dreadful", "sad"]
@@ -81,3 +82,19 @@ def write_task(
     description = {"name": folder.name, "labels": list(labels), "prompt": "Review: {text}\nAnswer:"}
     (folder / "task.json").write_text(json.dumps(description))
     return folder
+
+
+def write_job(folder: Path, base: Path, tasks: Path, **changes: object) -> Path:
+    """A job of all tasks in a folder, small enough for a test."""
+    job = {
+        "model": {"source": str(base)},
+        "tasks": [{"source": str(tasks)}],
+        "limits": {"max_tokens": 64},
+        "gradients": {"dim": 64, "replicas": 2},
+        "search": {"groups": [2, 3], "trials": 4},
+        "training": {"epochs": 2, "min_steps": 16, "learning_rate": 5.0e-3, "checkpoint_every": 4},
+        **changes,
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
