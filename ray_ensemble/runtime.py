@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 from ray_ensemble.errors import InputError, RunError
 
 # Train's controller polls every 2 s and holds up each report() until it does; the watcher and the metrics cost a process
-# each. They are read when Train is imported, hence here, before any import of Ray, and handed on to Ray's workers.
-_TRAIN_SETTINGS = {
+# each. All of these are read when a library is imported, hence here, before any import, and handed on to Ray's workers.
+_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -23,6 +23,7 @@ _TRAIN_SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",  # the libraries' own bars, which do not know when they are in a log
 }
 _HANDED_ON = ("RAY_ENSEMBLE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
 _OBJECT_STORE = 400 * 2**20
@@ -33,7 +34,7 @@ Unit = TypeVar("Unit")
 
 def prepare_environment() -> None:
     """Set what Ray reads when it is imported; what the user has set stays."""
-    for key, value in _TRAIN_SETTINGS.items():
+    for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
 
 
@@ -49,7 +50,7 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    environment = {key: os.environ[key] for key in (*_TRAIN_SETTINGS, *_HANDED_ON) if key in os.environ}
+    environment = {key: os.environ[key] for key in (*_SETTINGS, *_HANDED_ON) if key in os.environ}
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
         "log_to_driver": False,
