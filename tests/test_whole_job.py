@@ -133,7 +133,7 @@ def test_damaged_gradients_are_named_and_only_they_are_recomputed(run_copy, caps
 
 
 def test_redo_trains_nothing_that_is_known(run_copy):
-    """Another search seed reaches the same partition here, so that every adapter comes from the cache."""
+    """After another search the groups that were trained before come from the cache, and only others are trained."""
     run = run_copy
     trained = {p: p.stat().st_mtime_ns for p in (run / "trained").glob("*/result.json")}
     before = json.loads((run / "partition.json").read_text())["groups"]

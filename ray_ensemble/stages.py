@@ -1,0 +1,424 @@
+"""What each stage of a run does: it reads what the ones before it wrote, and returns its files and what it cost."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_ensemble.config import JobConfig
+from ray_ensemble.errors import InputError
+from ray_ensemble.files import read_json, sha256_file, write_json
+from ray_ensemble.progress import Bar, console
+from ray_ensemble.run_folder import STAGES, RunFolder
+from ray_ensemble.runtime import ray_session
+from ray_ensemble.tasks import EncodedTask, Task, encode_task, load_tasks
+from ray_ensemble.version import __version__
+
+if TYPE_CHECKING:
+    from ray_ensemble.estimator import TaskFeatures
+    from ray_ensemble.gradients import GradientStore
+
+Facts = dict[str, Any]
+Outcome = tuple[list[Path], Facts]
+
+
+class Stages:
+    """One pass through the stages of a folder; Ray starts when the first stage that needs it has to run."""
+
+    def __init__(self, folder: RunFolder, stack: ExitStack) -> None:
+        self.folder = folder
+        self.config = folder.config
+        self._stack = stack
+        self._ray = False
+
+    def through(self, last: str) -> None:
+        """Run what is not whole, in order, up to `last`."""
+        steps: dict[str, Callable[[], Outcome]] = {
+            "plan": self.plan,
+            "tasks": self.tasks,
+            "gradients": self.gradients,
+            "search": self.search,
+            "train": self.train,
+            "ensemble": self.ensemble,
+            "evaluate": self.evaluate,
+            "report": self.report,
+        }
+        for stage in STAGES[: STAGES.index(last) + 1]:
+            if self.folder.whole(stage):
+                if stage == "tasks":
+                    self._refuse_changed_data()
+                console.print(f"[dim]{stage}: done before[/dim]")
+                continue
+            self.folder.forget_from(stage)
+            console.print(f"[bold]{stage}[/bold]")
+            started = time.monotonic()
+            files, facts = steps[stage]()
+            self.folder.finish(stage, files, {"seconds": round(time.monotonic() - started, 3), **facts})
+
+    # The stages -----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Outcome:
+        """Find the model, draw θ₀, and say what will be done."""
+        from ray_ensemble.models import (
+            backbone_parameters,
+            default_device,
+            draw_initial_adapter,
+            load_base,
+            model_hash,
+            resolve_quantization,
+        )
+
+        base = load_base(self._model_folder, "none", default_device())
+        draw_initial_adapter(base, self.config.adapter, self._init)
+        import torch
+        from safetensors import safe_open
+
+        pad = self._tokenizer.pad_token_id
+        sizes = {"lora_A": 0, "lora_B": 0}
+        with safe_open(self._init / "adapter_model.safetensors", "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                sizes["lora_A" if "lora_A" in name else "lora_B"] += torch.Size(
+                    tensors.get_slice(name).get_shape()
+                ).numel()
+        plan = {
+            "version": __version__,
+            "model": {
+                "source": self.config.model.source,
+                "hash": model_hash(self._model_folder),
+                "quantization": resolve_quantization(self.config.model, default_device()),
+                "backbone_parameters": backbone_parameters(base),
+                "device": default_device().type,
+                "pad_id": pad if pad is not None else self._tokenizer.eos_token_id or 0,
+            },
+            "adapter": {"hash": sha256_file(self._init / "adapter_model.safetensors"), "parameters": sizes},
+        }
+        write_json(self.folder / "plan.json", plan)
+        return [self.folder / "plan.json", *sorted(self._init.iterdir())], {}
+
+    def tasks(self) -> Outcome:
+        """Read, split and tokenise the data."""
+        if max(self.config.search.groups) > len(self._encoded):
+            raise InputError(
+                f"search.groups: {max(self.config.search.groups)} groups of {len(self._encoded)} tasks; "
+                "a group needs at least one task"
+            )
+        described = [_describe(task, encoded) for task, encoded in zip(self._loaded, self._encoded, strict=True)]
+        write_json(self.folder / "tasks.json", {"tasks": described})
+        return [self.folder / "tasks.json"], {}
+
+    def gradients(self) -> Outcome:
+        """Projected per-example gradients of every task."""
+        from ray_ensemble.evaluation import gradient_flops
+        from ray_ensemble.gradients import collect_gradients
+
+        self._need_ray()
+        store = self.folder / "gradients"
+        done = collect_gradients(self._encoded, self._spec, self.config.gradients, self._base_hashes, store)
+        # At a fresh start only B's half of the adapter has a gradient to take and to project.
+        size = self._size(half="lora_B")
+        flops = gradient_flops(
+            size, done.forward_tokens, done.backward_tokens, done.projected, self.config.gradients.dim
+        )
+        files = sorted(p for p in store.rglob("*") if p.is_file())
+        return files, {"flops": flops, "peak_memory_bytes": done.peak_memory_bytes, "examples": done.examples}
+
+    def search(self) -> Outcome:
+        """Affinity of the tasks and the best partition found."""
+        from ray_ensemble.gradients import GradientStore
+        from ray_ensemble.grouping import run_search
+
+        self._need_ray()
+        features = _features(GradientStore.open(self.folder / "gradients"))
+        with Bar("search", self.config.search.trials, "trials") as bar:
+            found = run_search(features, self.config, self.folder.path, progress=bar.reach)
+        for group in found.groups:
+            console.print(f"  group: {', '.join(group)}", markup=False)
+        files = [self.folder / "affinity.json", self.folder / "partition.json", self.folder / "search" / "trials.csv"]
+        return files, {"flops": found.flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
+
+    def train(self) -> Outcome:
+        """One adapter a group, and the baseline on everything with the same total of steps, all side by side."""
+        from ray_ensemble.evaluation import training_flops
+        from ray_ensemble.training import AdapterJob, train_adapters
+
+        self._need_ray()
+        examples = {task.name: len(task["train"]) for task in self._encoded}
+        settings = self.config.training
+        jobs = [
+            AdapterJob(name, tuple(group), settings.steps(sum(examples[t] for t in group)), settings.seed)
+            for name, group in zip(self._group_names, self._partition, strict=True)
+        ]
+        steps = sum(job.steps for job in jobs)
+        baseline = AdapterJob("qlora_all", tuple(examples), steps, settings.seed)
+        trained = train_adapters(
+            [*jobs, baseline], self._encoded, self.config, self.folder.path, asdict(self._spec), self._base_hashes
+        )
+        files = []
+        for name, adapter in trained.items():
+            target = self._adapter(name)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(adapter.folder, target)
+            files += sorted(target.iterdir())
+        size = self._size()
+        return files, {
+            "flops": {name: training_flops(size, adapter.tokens) for name, adapter in trained.items()},
+            "job_seconds": {name: round(adapter.seconds, 3) for name, adapter in trained.items()},
+            "steps": {name: adapter.steps for name, adapter in trained.items()},
+            "peak_memory_bytes": max(adapter.peak_memory_bytes for adapter in trained.values()),
+        }
+
+    def ensemble(self) -> Outcome:
+        """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see."""
+        from ray_ensemble.ensemble import ScoreRequest, fit_weights, merge_adapters, score_all
+        from ray_ensemble.estimator import validation_halves
+        from ray_ensemble.evaluation import forward_flops
+
+        names = self._group_names
+        held_out = {
+            task.name: tuple(task["validation"][i] for i in validation_halves(len(task["validation"]))[1])
+            for task in self._encoded
+        }
+        learned = self.config.ensemble.weights == "learned" and len(names) > 1
+        weights: dict[str, list[float]] = {}
+        tokens, peak = 0, 0
+        if learned:
+            self._need_ray()
+            requests = [
+                ScoreRequest(self._adapter(name), task, held_out[task.name]) for task in self._encoded for name in names
+            ]
+            scored = score_all(
+                requests, self._spec, self.config.gradients, self._base_hashes, self.folder.path, "validation scores"
+            )
+            tokens, peak = scored.tokens, scored.peak_memory_bytes
+            for i, task in enumerate(self._encoded):
+                scores = np.stack(scored.scores[i * len(names) : (i + 1) * len(names)])
+                labels = np.array([example.label for example in held_out[task.name]])
+                weights[task.name] = fit_weights(scores, labels, self._own(task.name)).tolist()
+        else:
+            weights = {task.name: [1.0 / len(names)] * len(names) for task in self._encoded}
+        write_json(
+            self.folder / "ensemble.json",
+            {
+                "adapters": names,
+                "weights": weights,
+                "method": self.config.ensemble.weights,
+                "boosting": {"steps": self.config.boosting.steps, "adapters": []},
+            },
+        )
+        files = [self.folder / "ensemble.json"]
+        for name, values in weights.items():
+            target = self.folder / "merged" / name
+            merge_adapters([self._adapter(group) for group in names], values, target)
+            files += sorted(target.iterdir())
+        return files, {"flops": forward_flops(self._size(), tokens), "peak_memory_bytes": peak}
+
+    def evaluate(self) -> Outcome:
+        """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble, merged."""
+        from ray_ensemble.ensemble import ScoreRequest, combine, score_all
+        from ray_ensemble.evaluation import summarise
+
+        self._need_ray()
+        ensemble = read_json(self.folder / "ensemble.json", "ensemble")
+        names, weights = ensemble["adapters"], ensemble["weights"]
+        wanted: dict[tuple[str, str], ScoreRequest] = {}
+        for task in self._encoded:
+            used = [name for name, w in zip(names, weights[task.name], strict=True) if w > 0]
+            own = names[self._own(task.name)]
+            folders: dict[str, Path | None] = {"base": None, "qlora_all": self._adapter("qlora_all")}
+            folders |= {name: self._adapter(name) for name in dict.fromkeys([*used, own])}
+            if len(used) > 1:
+                folders["merged"] = self.folder / "merged" / task.name
+            for name, adapter in folders.items():
+                wanted[task.name, name] = ScoreRequest(adapter, task, task["test"])
+        scored = score_all(
+            list(wanted.values()), self._spec, self.config.gradients, self._base_hashes, self.folder.path, "test scores"
+        )
+        scores = dict(zip(wanted, scored.scores, strict=True))
+        outputs: dict[str, dict[str, NDArray[Any]]] = {}
+        for task in self._encoded:
+            w = np.array(weights[task.name])
+            shape = scores[task.name, "base"].shape
+            stack = np.stack([scores.get((task.name, name), np.zeros(shape, np.float32)) for name in names])
+            only = names[int(w.argmax())]
+            outputs[task.name] = {
+                "base": scores[task.name, "base"],
+                "qlora_all": scores[task.name, "qlora_all"],
+                "group": scores[task.name, names[self._own(task.name)]],
+                "ensemble": combine(stack, w),
+                # With one adapter in use the merged adapter is that adapter.
+                "merged": scores.get((task.name, "merged"), scores[task.name, only]),
+            }
+        labels = {task.name: np.array([e.label for e in task["test"]]) for task in self._encoded}
+        metrics = summarise(outputs, labels)
+        peak = {
+            stage: self.folder.facts(stage)["peak_memory_bytes"]
+            for stage in ("gradients", "search", "train", "ensemble")
+        }
+        metrics["flops"] = self._flops()
+        metrics["seconds"] = {
+            stage: self.folder.facts(stage)["seconds"] for stage in STAGES[: STAGES.index("evaluate")]
+        }
+        metrics["peak_memory_bytes"] = {**peak, "evaluate": scored.peak_memory_bytes}
+        write_json(self.folder / "metrics.json", metrics)
+        return [self.folder / "metrics.json"], {"peak_memory_bytes": scored.peak_memory_bytes}
+
+    def report(self) -> Outcome:
+        """One HTML file and its plots."""
+        from ray_ensemble.report import write_report
+
+        write_report(self.folder.path)
+        return [self.folder / "report.html", *sorted((self.folder / "plots").glob("*.png"))], {}
+
+    # What the stages share --------------------------------------------------------------------------------------------
+
+    def _need_ray(self) -> None:
+        if not self._ray:
+            self._stack.enter_context(ray_session())
+            self._ray = True
+
+    @cached_property
+    def _model_folder(self) -> Path:
+        from ray_ensemble.models import materialise
+
+        return materialise(self.config.model.source)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from ray_ensemble.models import load_tokenizer
+
+        return load_tokenizer(self._model_folder)
+
+    @cached_property
+    def _loaded(self) -> list[Task]:
+        return load_tasks(self.config.tasks, self.config.limits, Path.cwd())
+
+    @cached_property
+    def _encoded(self) -> list[EncodedTask]:
+        return encode_all(self._loaded, self._tokenizer, self.config)
+
+    def _refuse_changed_data(self) -> None:
+        before = {task["name"]: task["data_hash"] for task in read_json(self.folder / "tasks.json")["tasks"]}
+        changed = [task.name for task in self._encoded if before.get(task.name) != task.data_hash]
+        if changed:
+            raise InputError(
+                f"{self.folder.path}: the data of {', '.join(changed)} are not those that this run began with "
+                "(tasks.json has their hashes); restore them or choose another --output"
+            )
+
+    @cached_property
+    def _plan(self) -> dict[str, Any]:
+        found: dict[str, Any] = read_json(self.folder / "plan.json", "plan")
+        return found
+
+    @property
+    def _init(self) -> Path:
+        return self.folder / "init"
+
+    @cached_property
+    def _base_hashes(self) -> dict[str, str]:
+        from ray_ensemble.models import model_hash
+
+        if model_hash(self._model_folder) != self._plan["model"]["hash"]:
+            raise InputError(
+                f"model.source {self.config.model.source}: the model is not the one that this run began with "
+                "(plan.json has its hash); restore it or choose another --output"
+            )
+        return {
+            "model": self._plan["model"]["hash"],
+            "quantization": self._plan["model"]["quantization"],
+            "adapter": self._plan["adapter"]["hash"],
+        }
+
+    @cached_property
+    def _spec(self) -> Any:
+        from ray_ensemble.gradients import ReplicaSpec
+
+        model = self._plan["model"]
+        return ReplicaSpec(self.config.model.source, model["quantization"], str(self._init), model["pad_id"])
+
+    def _size(self, half: str | None = None) -> Any:
+        from ray_ensemble.evaluation import ModelSize
+
+        sizes = self._plan["adapter"]["parameters"]
+        return ModelSize(self._plan["model"]["backbone_parameters"], sizes[half] if half else sum(sizes.values()))
+
+    @property
+    def _partition(self) -> list[list[str]]:
+        found: list[list[str]] = read_json(self.folder / "partition.json", "partition")["groups"]
+        return found
+
+    @property
+    def _group_names(self) -> list[str]:
+        return [f"group-{g}" for g in range(len(self._partition))]
+
+    def _own(self, task: str) -> int:
+        return next(g for g, group in enumerate(self._partition) if task in group)
+
+    def _adapter(self, name: str) -> Path:
+        return self.folder / ("baselines" if name == "qlora_all" else "adapters") / name
+
+    def _flops(self) -> dict[str, float]:
+        from ray_ensemble.evaluation import flops_ratio
+
+        trained = self.folder.facts("train")["flops"]
+        parts = {
+            "gradients": self.folder.facts("gradients")["flops"],
+            "search": float(self.folder.facts("search")["flops"]),
+            "groups": sum(value for name, value in trained.items() if name != "qlora_all"),
+            "boosting": 0.0,
+            "ensemble": self.folder.facts("ensemble")["flops"],
+        }
+        return {**parts, "qlora_all": trained["qlora_all"], "ratio": flops_ratio(parts, trained["qlora_all"])}
+
+
+def encode_all(tasks: Sequence[Task], tokenizer: Any, config: JobConfig) -> list[EncodedTask]:
+    """All tasks as the job's tokenizer sees them, within its token limit."""
+    return [encode_task(task, tokenizer, config.limits.max_tokens, config.model.chat) for task in tasks]
+
+
+def _describe(task: Task, encoded: EncodedTask) -> dict[str, Any]:
+    examples = [example for split in encoded.splits.values() for example in split]
+    return {
+        "name": task.name,
+        "prompt": task.prompt,
+        "labels": list(task.labels),
+        **{split: len(found) for split, found in task.splits.items()},
+        "truncated": sum(example.truncated for example in examples),
+        "mean_tokens": round(sum(len(e.prompt_ids) for e in examples) / len(examples), 1),
+        "data_hash": encoded.data_hash,
+    }
+
+
+def _features(store: GradientStore) -> list[TaskFeatures]:
+    """The gradient store as the estimator takes it."""
+    from ray_ensemble.estimator import TaskFeatures, pairwise_margins
+
+    found = []
+    for name in store.tasks:
+        train, validation = store[name, "train"], store[name, "validation"]
+        if validation.class_scores is None or validation.class_features is None:
+            raise InputError(f"{store.folder}/{name}/validation: no class scores; run the gradients stage again")
+        rows, margins, starts = train.features, train.margins, None
+        if train.class_scores is not None and train.class_features is not None:
+            rows, margins, starts = pairwise_margins(train.class_scores, train.class_features, train.labels)
+        found.append(
+            TaskFeatures(
+                name=name,
+                train_features=rows,
+                train_margins=margins,
+                train_starts=starts,
+                validation_scores=validation.class_scores,
+                validation_features=validation.class_features,
+                validation_labels=validation.labels,
+            )
+        )
+    return found
