@@ -76,8 +76,25 @@ class LimitsConfig(Section):
     max_tokens: Annotated[int, Field(ge=8)] = 512
 
 
+class ReplicaRange(Section):
+    """Replicas that grow with the work from `min` to `max`, as far as an autoscaling cluster gives room."""
+
+    min: Count = 1
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicaRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class GradientsConfig(Section):
     """The gradient pass: projected dimension d, projection seed, number of replicas and what one replica may use.
+
+    `replicas` is a number, a range {min, max}, or `auto`: one a GPU, or one per `threads` CPUs. `shards` spreads the layers
+    of each replica over that many actors, for a base that is larger than one device. `projection: kronecker` is cheaper
+    for wide adapters and less exact (docs/gradients.md).
 
     `targets` says what is differentiated for a training example of K labels: `pairwise` the K − 1 margins against each
     wrong label, `margin` the one margin against all of them, which costs one backward pass whatever K but, with more than two
@@ -86,8 +103,9 @@ class GradientsConfig(Section):
 
     dim: Annotated[int, Field(ge=1, le=65536)] = 400
     seed: Seed = 0
-    replicas: Literal["auto"] | Count = "auto"
-    shards: Literal[1] = 1
+    projection: Literal["rademacher", "kronecker"] = "rademacher"
+    replicas: Literal["auto"] | Count | ReplicaRange = "auto"
+    shards: Count = 1
     threads: Count = 1
     start: Literal["fresh"] = "fresh"
     targets: Literal["pairwise", "margin"] = "pairwise"

@@ -1,13 +1,13 @@
-"""Ray at the edge: joining or starting a cluster, and a pool of actors that is fed unit by unit."""
+"""Ray at the edge: joining or starting a cluster, and what it holds."""
 
 from __future__ import annotations
 
 import logging
 import os
 import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from ray_ensemble.errors import InputError, RunError
 
@@ -27,9 +27,6 @@ _SETTINGS = {
 }
 _HANDED_ON = ("RAY_ENSEMBLE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
 _OBJECT_STORE = 400 * 2**20
-_MAX_RESTARTS = 3  # of one actor, and tries of one unit, before the run gives up
-
-Unit = TypeVar("Unit")
 
 
 def prepare_environment() -> None:
@@ -95,90 +92,6 @@ def cluster_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def pool_size(wanted: Literal["auto"] | int, threads: int, units: int) -> int:
-    """How many actors to start: as many as asked for, or one a GPU, or one per `threads` CPUs; never more than units."""
-    if wanted != "auto":
-        return max(1, min(wanted, units))
-    gpus = cluster_gpus()
-    return max(1, min(gpus or cluster_cpus() // threads, units))
-
-
-def map_units(
-    actor_class: type,
-    arguments: tuple[Any, ...],
-    method: str,
-    units: Mapping[str, Unit],
-    *,
-    actors: int,
-    threads: int,
-    on_result: Callable[[str, Any], None],
-) -> None:
-    """Run `actor.method(unit)` for every unit on a pool of actors, handing the next unit to whichever is free.
-
-    An actor that dies is restarted and its unit given out again, a bounded number of times; finished units stay finished.
-
-    Args:
-        actor_class: a plain class; it becomes a Ray actor with `threads` CPUs, and a GPU where the cluster has any.
-        arguments: of its constructor; large ones should be small descriptions that each actor loads for itself.
-        method: the method's name; it takes one unit.
-        units: name -> unit; names stand in errors.
-        actors: size of the pool.
-        threads: CPUs of an actor.
-        on_result: called in this process with (name, result), in order of completion.
-
-    Raises:
-        InputError: raised by the method itself.
-        RunError: the method failed, or its actor died too often; the unit is named.
-    """
-    import ray
-
-    if not units:
-        return
-    gpu = min(1.0, cluster_gpus() / actors) if cluster_gpus() else 0
-    remote = ray.remote(num_cpus=threads, num_gpus=gpu, max_restarts=_MAX_RESTARTS, max_task_retries=_MAX_RESTARTS)(
-        actor_class
-    )
-    pool = [remote.remote(*arguments) for _ in range(actors)]
-    try:
-        waiting = iter(units.items())
-        running: dict[Any, tuple[str, Any]] = {}
-
-        def hand_out(actor: Any) -> None:
-            for name, unit in _next(waiting):
-                running[getattr(actor, method).remote(unit)] = (name, actor)
-
-        for actor in pool:
-            hand_out(actor)
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            name, actor = running.pop(ready)
-            on_result(name, _result(ready, name))
-            hand_out(actor)
-    finally:
-        for actor in pool:
-            ray.kill(actor)
-
-
-def _next(iterator: Iterator[tuple[str, Unit]]) -> Iterable[tuple[str, Unit]]:
-    item = next(iterator, None)
-    return [] if item is None else [item]
-
-
-def _result(reference: Any, name: str) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise InputError(str(error.cause)) from None
-        raise RunError(f"{name}: {type(error.cause).__name__}: {error.cause}") from error
-    except ray.exceptions.RayActorError as error:
-        raise RunError(
-            f"{name}: its worker died {_MAX_RESTARTS + 1} times (out of memory, or killed); the same command goes on from here"
-        ) from error
 
 
 def peak_memory_bytes() -> int:

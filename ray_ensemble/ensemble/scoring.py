@@ -17,7 +17,7 @@ from ray_ensemble.config import GradientsConfig
 from ray_ensemble.files import sha256_file, sha256_json, write_array
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.models import (
-    LabelRows,
+    LabelTree,
     attach_adapters,
     default_device,
     label_scores,
@@ -27,8 +27,9 @@ from ray_ensemble.models import (
     materialise,
     quiet_libraries,
 )
+from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
 from ray_ensemble.progress import Bar
-from ray_ensemble.runtime import map_units, peak_memory_bytes, pool_size
+from ray_ensemble.runtime import peak_memory_bytes
 from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
 
 Scores = NDArray[np.float32]
@@ -73,16 +74,15 @@ class ScoringReplica:
         """Scores (N, K) of a request's examples in their order, tokens seen, peak memory in bytes."""
         import torch
 
-        rows = LabelRows.of(request.task.label_ids)
-        longest = max(len(row) for row in rows.rows)
-        lengths = [len(e.prompt_ids) + longest for e in request.examples]
+        tree = LabelTree.of(request.task.label_ids)
+        lengths = [len(e.prompt_ids) + len(tree.tokens) for e in request.examples]
         classes = len(request.task.labels)
         scores = np.empty((len(request.examples), classes), dtype=np.float32)
         tokens = 0
         with torch.inference_mode():
-            for indices in length_sorted_batches(lengths, len(rows.rows), self._batch_tokens):
+            for indices in length_sorted_batches(lengths, self._batch_tokens):
                 examples = [request.examples[i] for i in indices]
-                batch = make_batch(examples, [rows] * len(examples), classes, self._pad_id, self._device)
+                batch = make_batch(examples, [tree] * len(examples), classes, self._pad_id, self._device)
                 if request.adapter is None:
                     with self._model.disable_adapter():
                         found = label_scores(self._model, batch)
@@ -129,7 +129,7 @@ def score_all(
     peak = 0
     if units:
         total = sum(len(r.examples) for r in units.values())
-        actors = pool_size(config.replicas, config.threads, len(units))
+        size = pool_size(config.replicas, config.threads, len(units))
         with Bar(title, total, "examples") as bar:
 
             def keep(name: str, result: dict[str, Any]) -> None:
@@ -140,18 +140,16 @@ def score_all(
 
             # Longest first, so that no actor is left with a long unit at the end.
             ordered = dict(sorted(units.items(), key=lambda item: -_tokens(item[1])))
-            map_units(
-                ScoringReplica, (spec, config.threads, config.batch_tokens), "score", ordered,
-                actors=actors, threads=config.threads, on_result=keep,
-            )  # fmt: skip
+            arguments = (spec, config.threads, config.batch_tokens)
+            actors = PlainActors(ScoringReplica, arguments, config.threads, actor_gpus(size))
+            map_units(actors, "score", ordered, size=size, on_result=keep)
     return Scored(tuple(np.load(path, allow_pickle=False) for path in paths), tokens, peak)
 
 
 def _tokens(request: ScoreRequest) -> int:
     """Tokens that a request's rows hold without padding."""
-    rows = LabelRows.of(request.task.label_ids).rows
-    extra = sum(len(row) for row in rows)
-    return sum(len(rows) * len(e.prompt_ids) + extra for e in request.examples)
+    nodes = len(LabelTree.of(request.task.label_ids).tokens)
+    return sum(len(e.prompt_ids) + nodes for e in request.examples)
 
 
 def _key(request: ScoreRequest, config: GradientsConfig, base: dict[str, str]) -> str:

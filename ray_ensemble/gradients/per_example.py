@@ -1,15 +1,19 @@
-"""Per-example LoRA gradients of margins, one backward pass for a whole batch, projected module by module.
+"""Per-example LoRA gradients of margins, one backward pass for a whole batch, projected parameter by parameter.
 
 For an adapted linear map with input x and output gradient δ of an example, ∇B = s·δᵀ(xAᵀ) and ∇A = s·(δB)ᵀx, s the LoRA
 scaling: both follow from a forward hook and a hook on the output's gradient, so no loop over examples is needed. At a fresh
 start B = 0, hence ∇A = 0 exactly and the adapter leaves the forward pass alone: only B's half is computed, on the bare base.
+
+A parameter's gradients of several batches wait in a `ProjectionBuffer` of bounded size, so that each sign of the projection
+is made once for many examples; the concatenated D-vector of an example never exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -20,37 +24,87 @@ from ray_ensemble.gradients.projection import Projection
 from ray_ensemble.models.adapters import lora_layers, refuse_unsupported
 from ray_ensemble.models.scoring import Batch, label_scores, margins
 
+Kind = Literal["margin", "classes"]  # one gradient an example, or one for each label but the first
+
+BUFFER_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
-class MarginFeatures:
-    """Training examples: margins f₀ (N,), and φ = Pᵀ∇f (N, d)."""
+class Collected:
+    """Base scores s (N, K) and projected gradients of N examples.
 
+    `features` is (N, d) of the margins, φ = Pᵀ∇f, or (N, K, d) of the differences Pᵀ∇(s_k − s_0), whose first class is
+    zero. `margins` (N,) are f₀.
+    """
+
+    scores: Tensor
     margins: Tensor
     features: Tensor
 
 
-@dataclass(frozen=True)
-class ClassFeatures:
-    """Validation examples: raw scores s (N, K), and Pᵀ∇(s_k − s_0) (N, K, d), whose first class is zero."""
+class ProjectionBuffer:
+    """Gradients that wait to be projected, and the features that they add up to.
 
-    scores: Tensor
-    features: Tensor
+    Args:
+        projection: the map φ = Pᵀg.
+        slots: number of feature rows.
+        capacity: bytes of gradients held at most before they are projected.
+    """
+
+    def __init__(self, projection: Projection, slots: int, device: torch.device, capacity: int = BUFFER_BYTES) -> None:
+        self._projection = projection
+        self._capacity = capacity
+        self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._bytes = 0
+        self._features = torch.zeros(slots, projection.dim, device=device)
+
+    def add(self, name: str, slots: Tensor, gradients: Tensor) -> None:
+        """Take a parameter's gradients (N, p, q), which belong to the feature rows `slots` (N,)."""
+        self._waiting.setdefault(name, []).append((slots, gradients))
+        self._bytes += gradients.nbytes
+        if self._bytes > self._capacity:
+            self._flush()
+
+    def features(self) -> Tensor:
+        """The features (slots, d) float32 of all that was added."""
+        self._flush()
+        return self._features
+
+    def _flush(self) -> None:
+        for name, parts in self._waiting.items():
+            slots = torch.cat([slots for slots, _ in parts])
+            gradients = torch.cat([gradients for _, gradients in parts]) if len(parts) > 1 else parts[0][1]
+            self._features.index_add_(0, slots, self._projection.apply(name, gradients))
+        self._waiting.clear()
+        self._bytes = 0
+
+
+@dataclass
+class Capture:
+    """Where the gradients of one forward pass go: a buffer, and the feature row of each example (N,).
+
+    `slots` moves on between the backward passes of one forward pass, one for each label.
+    """
+
+    buffer: ProjectionBuffer
+    slots: Tensor
 
 
 class GradientCollector:
     """Hooks on the adapted layers of a model that turn one backward pass into projected per-example gradients.
 
     Args:
-        model: a PEFT model with one plain LoRA adapter, in eval mode.
+        model: a PEFT model with one plain LoRA adapter, in eval mode; or a shard of one (`models.shard`).
         projection: the map φ = Pᵀg.
 
     Raises:
         InputError: the adapter is of a kind whose gradient is not that of plain LoRA.
     """
 
-    def __init__(self, model: PeftModel, projection: Projection) -> None:
+    def __init__(self, model: PeftModel, projection: Projection, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._model = model
         self._projection = projection
+        self._buffer_bytes = buffer_bytes
         self._adapter = model.active_adapter
         refuse_unsupported(model, self._adapter)
         model.requires_grad_(False)
@@ -58,87 +112,88 @@ class GradientCollector:
         self.fresh = all(not self._b(layer).any() for layer in self._layers.values())
         self.tokens_forward = 0
         self.tokens_backward = 0
-        self._rows: Tensor | None = None
-        self._examples = 0
-        self._sink: Tensor | None = None
 
-    def margin_features(self, batch: Batch) -> MarginFeatures:
-        """Margins and their projected gradients, by one forward and one backward pass."""
-        with self._capture(batch):
-            scores = label_scores(self._model, batch)
-            value = margins(scores, batch.labels)
-            features = self._backward(value.sum(), batch, retain=False)
-        return MarginFeatures(value.detach(), features)
+    def collect(self, batches: Sequence[Batch], kind: Kind) -> Collected:
+        """Scores, margins and projected gradients of the examples of some batches, in their order.
 
-    def class_features(self, batch: Batch) -> ClassFeatures:
-        """Scores and the projected gradients of their differences to label 0: one forward and K − 1 backward passes."""
-        parts = [torch.zeros(batch.size, self._projection.dim, device=batch.labels.device)]
-        with self._capture(batch):
-            scores = label_scores(self._model, batch)
-            for k in range(1, batch.classes):
-                difference = (scores[:, k] - scores[:, 0]).sum()
-                parts.append(self._backward(difference, batch, retain=k + 1 < batch.classes))
-        return ClassFeatures(scores.detach(), torch.stack(parts, dim=1))
+        A batch takes one forward pass, and one backward pass (`margin`) or K − 1 of them (`classes`).
+        """
+        size = sum(batch.size for batch in batches)
+        per_example = 1 if kind == "margin" else batches[0].classes
+        device = batches[0].labels.device
+        buffer = self.buffer(size * per_example, device)
+        scores, values = [], []
+        first = 0
+        for batch in batches:
+            slots = torch.arange(first, first + batch.size, device=device) * per_example
+            capture = Capture(buffer, slots)
+            with self.capturing(capture, batch):
+                s = label_scores(self._model, batch)
+            f = margins(s, batch.labels)
+            if kind == "margin":
+                self.backward(f.sum(), batch)
+            for k in range(1, per_example):
+                capture.slots = slots + k
+                self.backward((s[:, k] - s[:, 0]).sum(), batch, retain=k + 1 < per_example)
+            scores.append(s.detach())
+            values.append(f.detach())
+            first += batch.size
+        features = buffer.features()
+        if kind == "classes":
+            features = features.view(size, per_example, self._projection.dim)
+        return Collected(torch.cat(scores), torch.cat(values), features)
+
+    def buffer(self, slots: int, device: torch.device) -> ProjectionBuffer:
+        """A buffer for `slots` feature rows."""
+        return ProjectionBuffer(self._projection, slots, device, self._buffer_bytes)
+
+    def backward(self, value: Tensor, batch: Batch, gradient: Tensor | None = None, retain: bool = False) -> None:
+        """Let the gradients of `value` flow to the captures of its forward pass."""
+        value.backward(gradient, retain_graph=retain)  # type: ignore[no-untyped-call]
+        self.tokens_backward += batch.tokens
+
+    @contextmanager
+    def capturing(self, capture: Capture, batch: Batch) -> Iterator[None]:
+        """A forward pass within this block sends its examples' gradients, once they flow back, to `capture`."""
+        handles = [
+            layer.register_forward_hook(self._forward_hook(name, layer, capture))
+            for name, layer in self._layers.items()
+        ]
+        try:
+            # At B = 0 the adapter adds nothing to the forward pass and nothing to the gradients that flow back.
+            with self._model.disable_adapter() if self.fresh else nullcontext():
+                yield
+            self.tokens_forward += batch.tokens
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _b(self, layer: LoraLayer) -> Tensor:
         weight: Tensor = layer.lora_B[self._adapter].weight
         return weight
 
-    def _backward(self, value: Tensor, batch: Batch, retain: bool) -> Tensor:
-        sink = torch.zeros(batch.size, self._projection.dim, device=value.device)
-        self._sink = sink
-        value.backward(retain_graph=retain)  # type: ignore[no-untyped-call]
-        self._sink = None
-        self.tokens_backward += batch.tokens
-        return sink
-
-    @contextmanager
-    def _capture(self, batch: Batch) -> Iterator[None]:
-        self._rows = batch.row_example if batch.row_example.shape[0] != batch.size else None
-        self._examples = batch.size
-        handles = [layer.register_forward_hook(self._forward_hook(name, layer)) for name, layer in self._layers.items()]
-        try:
-            # At B = 0 the adapter adds nothing to the forward pass and nothing to the gradients that flow back.
-            with self._model.disable_adapter() if self.fresh else nullcontext():
-                self.tokens_forward += batch.tokens
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _forward_hook(self, name: str, layer: LoraLayer):  # type: ignore[no-untyped-def]
+    def _forward_hook(self, name: str, layer: LoraLayer, capture: Capture):  # type: ignore[no-untyped-def]
         a = layer.lora_A[self._adapter].weight  # (r, in)
         b = self._b(layer)  # (out, r)
         scaling = float(layer.scaling[self._adapter])
 
         def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = inputs[0].detach().to(a.dtype)
-            down = x @ a.T  # (R, T, in) @ (in, r)
+            down = x @ a.T  # (N, T, in) @ (in, r)
             if not output.requires_grad:
                 # The lowest adapted layer: gradients need not flow below it.
                 output = output.detach().requires_grad_(True)
 
             def on_gradient(delta: Tensor) -> None:
                 delta = delta.to(a.dtype)
-                gradient_b = torch.bmm(delta.transpose(1, 2), down)  # (R, out, T) @ (R, T, r)
-                self._add(f"{name}.lora_B.weight", gradient_b * scaling)
+                gradient_b = torch.bmm(delta.transpose(1, 2), down)  # (N, out, T) @ (N, T, r)
+                capture.buffer.add(f"{name}.lora_B.weight", capture.slots, gradient_b.mul_(scaling))
                 if not self.fresh:
-                    up = delta @ b  # (R, T, out) @ (out, r)
-                    self._add(
-                        f"{name}.lora_A.weight", torch.bmm(up.transpose(1, 2), x) * scaling
-                    )  # (R, r, T) @ (R, T, in)
+                    up = delta @ b  # (N, T, out) @ (out, r)
+                    gradient_a = torch.bmm(up.transpose(1, 2), x)  # (N, r, T) @ (N, T, in)
+                    capture.buffer.add(f"{name}.lora_A.weight", capture.slots, gradient_a.mul_(scaling))
 
             output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
             return output
 
         return hook
-
-    def _add(self, name: str, rows: Tensor) -> None:
-        """Sum a module's gradients over each example's rows, project them, and add them to the features."""
-        assert self._sink is not None
-        flat = rows.flatten(1)
-        if self._rows is not None:
-            flat = torch.zeros(self._examples, flat.shape[1], device=flat.device, dtype=flat.dtype).index_add_(
-                0, self._rows, flat
-            )
-        self._sink += self._projection.apply(name, flat)

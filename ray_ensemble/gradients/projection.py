@@ -1,17 +1,25 @@
 """The random projection φ = Pᵀg without the matrix.
 
-P is a D×d matrix of random signs scaled by 1/√d. It is never stored: each sign is a bit of a counter-based generator, a
-function of (seed, canonical module name, element of the module's gradient, column). Every worker, shard and block size has
-therefore the same map to the last bit, and the first columns of a larger d are those of a smaller one.
+P is a D×d matrix scaled so that inner products are kept on average. It is never stored: each sign is a bit of a
+counter-based generator, a function of (seed, canonical parameter name, element, column). Every worker, shard and block size
+has therefore the same map to the last bit, and the first columns of a larger d are those of a smaller one.
+
+Two maps are known. `rademacher`, the paper's, has an independent sign for every element and column. `kronecker` multiplies a
+parameter's gradient G (p, q) from both sides, φ = vec(LᵀGR) with L (p, d₁) and R (q, d₂) of signs, d₁·d₂ = d: it takes
+p·d₁ + q·d₂ signs instead of p·q·d and its inner products are right on average too, but their variance is larger, since the
+d entries are not independent (docs/gradients.md has the measured effect on the estimate).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+ProjectionKind = Literal["rademacher", "kronecker"]
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
@@ -26,62 +34,95 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift; torch's own `>>` drags the sign along."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def _mix(z: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that scatters counters."""
-    z = (z ^ _shift(z, 30)) * _signed(_MIX1)
-    z = (z ^ _shift(z, 27)) * _signed(_MIX2)
-    return z ^ _shift(z, 31)
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), in place: a bijection of words that scatters counters."""
+    for bits, factor in ((30, _MIX1), (27, _MIX2), (31, None)):
+        # Torch's right shift drags the sign along; the mask makes it a logical one.
+        z ^= (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+        if factor is not None:
+            z *= _signed(factor)
+    return z
 
 
 class Projection:
-    """The map from gradients of named modules to features of `dim` entries.
+    """The map from gradients of named parameters to features of `dim` entries.
 
     Args:
         dim: d, at most 65,536.
         seed: of the signs.
         device: where signs are made; the map is the same on every device.
+        kind: `rademacher` or `kronecker`.
     """
 
-    def __init__(self, dim: int, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, dim: int, seed: int, device: torch.device | str = "cpu", kind: ProjectionKind = "rademacher"
+    ) -> None:
         self.dim = dim
         self.seed = seed
+        self.kind = kind
         self.device = torch.device(device)
-        self._words = math.ceil(dim / 64)
         bits = torch.arange(65536, dtype=torch.int64)[:, None] >> torch.arange(16)  # (65536, 16)
         self._table = ((bits & 1) * 2 - 1).to(torch.float32).to(self.device)
 
-    def signs(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start…stop of a module's part of √d·P: (stop − start, d) float32, each entry −1 or +1."""
+    def signs(self, name: str, start: int, stop: int, columns: int | None = None) -> Tensor:
+        """Rows start…stop of a parameter's part of √d·P: (stop − start, columns) float32, each entry −1 or +1."""
+        columns = self.dim if columns is None else columns
+        words = math.ceil(columns / 64)
         digest = hashlib.sha256(f"{self.seed}\n{name}".encode()).digest()
         key = _signed(int.from_bytes(digest[:8], "little"))
         element = torch.arange(start, stop, dtype=torch.int64, device=self.device)[:, None]
-        word = torch.arange(self._words, dtype=torch.int64, device=self.device)
-        counter = element * (_COLUMNS // 64) + word  # (rows, words)
-        bits = _mix((counter + 1) * _signed(_GAMMA) + key)
+        word = torch.arange(words, dtype=torch.int64, device=self.device)
+        counter = element * (_COLUMNS // 64) + word + 1  # (rows, words)
+        bits = _mix(counter.mul_(_signed(_GAMMA)).add_(key))
         # Sixteen signs are looked up at a time; int16 halves come in little-endian order on every machine we run on.
-        halves = bits.view(torch.int16).to(torch.int32) & 0xFFFF  # (rows, 4·words)
+        halves = bits.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)  # (rows, 4·words)
         signs = torch.nn.functional.embedding(halves, self._table)  # (rows, 4·words, 16)
-        return signs.view(stop - start, self._words * 64)[:, : self.dim]
+        return signs.view(stop - start, words * 64)[:, :columns]
 
     def apply(self, name: str, gradients: Tensor) -> Tensor:
-        """Project a module's per-example gradients.
+        """Project a parameter's per-example gradients.
 
         Args:
-            name: the module's canonical name.
-            gradients: (N, p) flattened gradients of that module.
+            name: the parameter's canonical name.
+            gradients: (N, p, q) gradients of that parameter.
 
         Returns:
-            (N, d) float32: this module's share of φ = Pᵀg; shares of all modules add up.
+            (N, d) float32: this parameter's share of φ = Pᵀg; shares of all parameters add up.
         """
         gradients = gradients.to(torch.float32)
-        total = torch.zeros(gradients.shape[0], self.dim, dtype=torch.float32, device=gradients.device)
-        block = max(1, _BLOCK_BYTES // (4 * 64 * self._words))
-        for start in range(0, gradients.shape[1], block):
-            stop = min(start + block, gradients.shape[1])
-            total.addmm_(gradients[:, start:stop], self.signs(name, start, stop))  # (N, p') @ (p', d)
+        if self.kind == "kronecker":
+            return self._two_sided(name, gradients)
+        flat = gradients.flatten(1)  # (N, p·q)
+        total = torch.zeros(flat.shape[0], self.dim, dtype=torch.float32, device=flat.device)
+        block = max(1, _BLOCK_BYTES // (4 * 64 * math.ceil(self.dim / 64)))
+        for start in range(0, flat.shape[1], block):
+            stop = min(start + block, flat.shape[1])
+            total.addmm_(flat[:, start:stop], self.signs(name, start, stop))  # (N, p') @ (p', d)
         return total.mul_(1.0 / math.sqrt(self.dim))
+
+    def _two_sided(self, name: str, gradients: Tensor) -> Tensor:
+        rows, columns = gradients.shape[1:]
+        left, right = kronecker_factors(self.dim, rows, columns)
+        r = self.signs(f"{name}\nright", 0, columns, right)  # (q, d₂)
+        half = gradients @ r  # (N, p, q) @ (q, d₂)
+        whole = torch.zeros(gradients.shape[0], left, right, dtype=torch.float32, device=gradients.device)
+        block = max(1, _BLOCK_BYTES // (4 * 64 * math.ceil(left / 64)))
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            side = self.signs(f"{name}\nleft", start, stop, left)  # (p', d₁)
+            whole += side.T @ half[:, start:stop]  # (d₁, p') @ (N, p', d₂)
+        return whole.flatten(1).mul_(1.0 / math.sqrt(self.dim))
+
+
+def kronecker_factors(dim: int, rows: int, columns: int) -> tuple[int, int]:
+    """d₁·d₂ = d for a gradient of `rows` × `columns`: the divisors of d nearest to the shape's own proportion.
+
+    A side is never given more columns than it has elements while a divisor allows it, since those would only repeat.
+    """
+    divisors = [k for k in range(1, dim + 1) if dim % k == 0]
+    # The smaller side, the rank, is kept whole where d allows it.
+    if columns <= rows:
+        right = max(k for k in divisors if k <= columns)
+        return dim // right, right
+    left = max(k for k in divisors if k <= rows)
+    return left, dim // left

@@ -13,7 +13,7 @@ from ray_ensemble.models.base import (
 )
 from ray_ensemble.models.scoring import (
     Batch,
-    LabelRows,
+    LabelTree,
     label_scores,
     length_sorted_batches,
     make_batch,
@@ -23,7 +23,7 @@ from ray_ensemble.models.scoring import (
 
 __all__ = [
     "Batch",
-    "LabelRows",
+    "LabelTree",
     "attach_adapters",
     "backbone_parameters",
     "default_device",

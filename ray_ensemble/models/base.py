@@ -80,15 +80,22 @@ def load_base(folder: Path, quantization: str, device: torch.device) -> PreTrain
     Raises:
         InputError: the folder holds no causal language model that transformers can load.
     """
+    return load_pretrained(AutoModelForCausalLM, folder, quantization, device)
+
+
+def load_pretrained(
+    model_class: Any, folder: Path, quantization: str, device: torch.device, **options: Any
+) -> PreTrainedModel:
+    """`load_base` for a class of the caller's, which may be a part of a model."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    options |= {"dtype": dtype, "trust_remote_code": False}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         options["device_map"] = {"": device}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model: PreTrainedModel = model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: no causal language model can be loaded from here ({_one_line(error)})") from None
     if quantization != "nf4":

@@ -15,41 +15,65 @@ from torch import Tensor
 
 from ray_ensemble.tasks import EncodedExample
 
+_BATCH_TOKENS = 32  # what starting a batch costs, in tokens: the price of padding is weighed against it
+
 
 @dataclass(frozen=True)
-class LabelRows:
-    """Which token sequences must follow a prompt so that every label word can be scored.
+class LabelTree:
+    """The tokens that must follow a prompt so that every label word can be scored, shared where the words share them.
 
-    A label of L tokens needs the model's output after its first L − 1 tokens, so a row is a label without its last token;
-    rows that begin a longer one are covered by it. Labels of one token need one row: the bare prompt.
+    A label of L tokens needs the model's output after the prompt and after each of its first L − 1 tokens. Beginnings that
+    several labels have in common are one node, so that the prompt and every shared token are computed once. Labels of one
+    token need no node: the bare prompt.
     """
 
-    rows: tuple[tuple[int, ...], ...]
-    picks: tuple[tuple[int, int, int, int], ...]  # (label, row, tokens of the label before this one, token id)
+    tokens: tuple[int, ...]  # of each node
+    parents: tuple[int, ...]  # each node's parent, −1 for the prompt; parents come before children
+    picks: tuple[tuple[int, int, int], ...]  # (label, node whose output is read or −1 for the prompt's last, token id)
 
     @classmethod
-    def of(cls, label_ids: Sequence[Sequence[int]]) -> LabelRows:
-        """Rows and picks for the label words `label_ids[k]`."""
-        prefixes = {tuple(ids[:-1]) for ids in label_ids}
-        rows = sorted(p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes))
-        picks: list[tuple[int, int, int, int]] = []
+    def of(cls, label_ids: Sequence[Sequence[int]]) -> LabelTree:
+        """The tree of the label words `label_ids[k]`."""
+        nodes: dict[tuple[int, ...], int] = {}
+        parents: list[int] = []
+        picks: list[tuple[int, int, int]] = []
         for label, ids in enumerate(label_ids):
-            row = next(i for i, r in enumerate(rows) if r[: len(ids) - 1] == tuple(ids[:-1]))
-            picks.extend((label, row, position, token) for position, token in enumerate(ids))
-        return cls(tuple(rows), tuple(picks))
+            at = -1
+            for place, token in enumerate(ids):
+                picks.append((label, at, token))
+                if place + 1 < len(ids):
+                    beginning = tuple(ids[: place + 1])
+                    if beginning not in nodes:
+                        nodes[beginning] = len(nodes)
+                        parents.append(at)
+                    at = nodes[beginning]
+        return cls(tuple(beginning[-1] for beginning in nodes), tuple(parents), tuple(picks))
+
+    @property
+    def branches(self) -> bool:
+        """Whether some node does not follow the one before it, so that causal attention alone would mix labels."""
+        return any(parent != node - 1 for node, parent in enumerate(self.parents))
+
+    def ancestors(self, node: int) -> list[int]:
+        """The nodes before `node` on its label, itself included, nearest first."""
+        found = []
+        while node >= 0:
+            found.append(node)
+            node = self.parents[node]
+        return found
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch of N examples, each of which takes len(rows) rows; R rows of T tokens in all.
+    """A padded batch of N examples, one row of T tokens each: the prompt, then the nodes of its task's label tree.
 
     `tokens` counts the tokens that are not padding, the unit of every FLOPs count.
     """
 
-    input_ids: Tensor  # (R, T) int64
-    attention_mask: Tensor  # (R, T) int64
-    position_ids: Tensor  # (R, T) int64
-    row_example: Tensor  # (R,) int64
+    input_ids: Tensor  # (N, T) int64
+    attention_mask: Tensor  # (N, T) int64
+    position_ids: Tensor  # (N, T) int64
+    sees: Tensor | None  # (N, 1, T, T) bool: which token attends to which, where label trees branch
     labels: Tensor  # (N,) int64
     pick_row: Tensor  # (M,) int64
     pick_column: Tensor  # (M,) int64, counted within the kept columns
@@ -66,43 +90,41 @@ class Batch:
 
 
 def make_batch(
-    examples: Sequence[EncodedExample], label_rows: Sequence[LabelRows], classes: int, pad_id: int, device: torch.device
+    examples: Sequence[EncodedExample], trees: Sequence[LabelTree], classes: int, pad_id: int, device: torch.device
 ) -> Batch:
     """Pad examples on the left into one batch.
 
     Args:
         examples: N examples, of one task or of several.
-        label_rows: the label rows of each example's task, N long.
+        trees: the label tree of each example's task, N long.
         classes: K, the largest number of labels among them; scores of labels that a task lacks are −inf.
         pad_id: any token id; padded positions are masked.
         device: where the tensors go.
     """
-    sequences: list[tuple[int, ...]] = []
-    owners: list[int] = []
-    picks: list[tuple[int, int, int, int]] = []
-    keep = 1 + max(len(row) for rows in label_rows for row in rows.rows)
-    for n, (example, rows) in enumerate(zip(examples, label_rows, strict=True)):
-        first = len(sequences)
-        for row in rows.rows:
-            sequences.append(example.prompt_ids + row)
-            owners.append(n)
-        for label, row_index, position, token in rows.picks:
-            # Left padding: column keep − 1 is the last token of the row.
-            column = keep - 1 - len(rows.rows[row_index]) + position
-            picks.append((first + row_index, column, token, n * classes + label))
+    sequences = [example.prompt_ids + tree.tokens for example, tree in zip(examples, trees, strict=True)]
+    keep = 1 + max(len(tree.tokens) for tree in trees)
     width = max(len(s) for s in sequences)
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(input_ids)
-    for r, sequence in enumerate(sequences):
-        input_ids[r, width - len(sequence) :] = torch.tensor(sequence, dtype=torch.int64)
-        mask[r, width - len(sequence) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = torch.zeros_like(input_ids)
+    picks: list[tuple[int, int, int, int]] = []
+    for n, (sequence, tree) in enumerate(zip(sequences, trees, strict=True)):
+        first = width - len(sequence)
+        input_ids[n, first:] = torch.tensor(sequence, dtype=torch.int64)
+        mask[n, first:] = 1
+        prompt = len(sequence) - len(tree.tokens)
+        positions[n, first : first + prompt] = torch.arange(prompt)
+        for node in range(len(tree.tokens)):
+            positions[n, first + prompt + node] = prompt - 1 + len(tree.ancestors(node))
+        # Left padding: node j of a tree of J stands in the kept column keep − J + j, the prompt's last token before it.
+        picks.extend((n, keep - len(tree.tokens) + node, token, n * classes + k) for k, node, token in tree.picks)
     pick = torch.tensor(picks, dtype=torch.int64).T.contiguous().to(device)
+    sees = _visible(mask, trees) if any(tree.branches for tree in trees) else None
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
         position_ids=positions.to(device),
-        row_example=torch.tensor(owners, dtype=torch.int64, device=device),
+        sees=None if sees is None else sees.to(device),
         labels=torch.tensor([e.label for e in examples], dtype=torch.int64, device=device),
         pick_row=pick[0],
         pick_column=pick[1],
@@ -114,15 +136,58 @@ def make_batch(
     )
 
 
+def _visible(mask: Tensor, trees: Sequence[LabelTree]) -> Tensor:
+    """(N, 1, T, T) bool: causal attention in which a label's tokens see the prompt and their own label's tokens only."""
+    size, width = mask.shape
+    sees = torch.ones(width, width, dtype=torch.bool).tril().repeat(size, 1, 1)
+    sees &= mask.bool()[:, None, :]
+    for n, tree in enumerate(trees):
+        first = width - len(tree.tokens)
+        sees[n, first:, first:] = False
+        for node in range(len(tree.tokens)):
+            sees[n, first + node, [first + ancestor for ancestor in tree.ancestors(node)]] = True
+    return sees[:, None]
+
+
+def attention(model: torch.nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
+    """What the model takes as `attention_mask`: the padding mask, or one that keeps the branches of label trees apart.
+
+    A model whose attention slides gets its window cut out of the mask too, which it leaves to the caller once the mask is
+    given in full; models that mix full and sliding layers take one mask of each kind.
+    """
+    if batch.sees is None:
+        return batch.attention_mask
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    full = _additive(batch.sees, dtype)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is None or batch.input_ids.shape[1] <= window:
+        return full
+    distance = batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :]  # (N, 1, T, T)
+    sliding = _additive(batch.sees & (distance < window), dtype)
+    if not getattr(config, "layer_types", None):
+        return sliding
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
 def label_scores(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Scores s (N, K) float32 of every label word; −inf where an example's task has fewer than K labels."""
     logits = model(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=attention(model, batch),
         position_ids=batch.position_ids,
         logits_to_keep=batch.keep,
         use_cache=False,
-    ).logits  # (R, keep, V)
+    ).logits  # (N, keep, V)
+    return scores_of_logits(logits, batch)
+
+
+def scores_of_logits(logits: Tensor, batch: Batch) -> Tensor:
+    """Scores s (N, K) float32 from the logits (N, keep, V) of a batch's last columns."""
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     picked = log_probabilities[batch.pick_row, batch.pick_column, batch.pick_token]  # (M,)
     scores = torch.zeros(batch.size * batch.classes, dtype=torch.float32, device=picked.device)
@@ -144,24 +209,33 @@ def margins(scores: Tensor, labels: Tensor) -> Tensor:
     return right - torch.logsumexp(others, dim=1)
 
 
-def length_sorted_batches(lengths: Sequence[int], rows: int, token_budget: int) -> list[list[int]]:
+def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Cut examples, longest first, into batches of at most `token_budget` padded tokens (at least one example each).
 
-    The batches depend on the lengths alone, so that any number of workers computes the same ones.
+    Among all such cuts it takes the one with the fewest padded tokens, where a batch counts as `_BATCH_TOKENS` more, so
+    that neither padding nor small batches are computed needlessly. The batches depend on the lengths alone, so that any
+    number of workers computes the same ones.
 
     Args:
-        lengths: tokens of each example's longest row.
-        rows: rows that each example takes.
+        lengths: tokens of each example's row.
         token_budget: padded tokens a batch.
 
     Returns:
         Lists of indices into `lengths`.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    cost = [0.0] * (len(order) + 1)  # of the examples from a place in the order on
+    ends = [0] * len(order)
+    for start in range(len(order) - 1, -1, -1):
+        width = max(1, lengths[order[start]])
+        last = min(len(order), start + max(1, token_budget // width))
+        cost[start], ends[start] = min(
+            ((width * (end - start) + _BATCH_TOKENS + cost[end], end) for end in range(last, start, -1)),
+            key=lambda choice: choice[0],
+        )
     batches: list[list[int]] = []
-    while order:
-        width = lengths[order[0]] * rows
-        count = max(1, token_budget // max(width, 1))
-        batches.append(order[:count])
-        order = order[count:]
+    start = 0
+    while start < len(order):
+        batches.append(order[start : ends[start]])
+        start = ends[start]
     return batches

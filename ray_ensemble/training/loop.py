@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError, RunError
-from ray_ensemble.models.scoring import LabelRows, label_scores, make_batch, score_loss
+from ray_ensemble.models.scoring import LabelTree, label_scores, make_batch, score_loss
 from ray_ensemble.tasks import EncodedExample, EncodedTask
 
 _TENSORS = "state.safetensors"
@@ -100,7 +100,7 @@ def train_adapter(
         RunError: the loss became NaN or infinite; the step and its examples are named.
     """
     pool = [(task, example) for task in tasks for example in task["train"]]
-    rows = {task.name: LabelRows.of(task.label_ids) for task in tasks}
+    trees = {task.name: LabelTree.of(task.label_ids) for task in tasks}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     device = next(iter(parameters.values())).device
@@ -114,9 +114,8 @@ def train_adapter(
         loss_sum, tokens = 0.0, 0
         for part in _micro_batches(chosen):
             examples = [example for _, example in part]
-            label_rows = [rows[task.name] for task, _ in part]
             classes = max(len(task.labels) for task, _ in part)
-            batch = make_batch(examples, label_rows, classes, pad_id, device)
+            batch = make_batch(examples, [trees[task.name] for task, _ in part], classes, pad_id, device)
             loss = score_loss(label_scores(model, batch), batch.labels).sum() / len(chosen)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())

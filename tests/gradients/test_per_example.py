@@ -11,7 +11,7 @@ from ray_ensemble.config import AdapterConfig, LimitsConfig, TaskConfig
 from ray_ensemble.gradients.per_example import GradientCollector
 from ray_ensemble.gradients.projection import Projection
 from ray_ensemble.models import (
-    LabelRows,
+    LabelTree,
     attach_adapters,
     draw_initial_adapter,
     label_scores,
@@ -44,9 +44,9 @@ def adapted(model_folder: Path, folder: Path, quantization: str = "none", warm: 
 
 
 def batch_of(task: EncodedTask, indices: range):
-    rows = LabelRows.of(task.label_ids)
+    tree = LabelTree.of(task.label_ids)
     examples = [task["train"][i] for i in indices]
-    return make_batch(examples, [rows] * len(examples), len(task.labels), 0, CPU)
+    return make_batch(examples, [tree] * len(examples), len(task.labels), 0, CPU)
 
 
 def reference(model, task: EncodedTask, index: int, projection: Projection, value) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_margin_features_equal_autograd(tiny_model, encoded, tmp_path, name, cou
     want = torch.stack([reference(model, task, i, projection, lambda s, y: margins(s, y).sum()) for i in range(count)])
     collector = GradientCollector(model, projection)
     assert collector.fresh is not warm
-    found = collector.margin_features(batch_of(task, range(count)))
+    found = collector.collect([batch_of(task, range(count))], "margin")
     assert want.norm(dim=1).min() > 1e-3
     error = (found.features - want).norm(dim=1) / want.norm(dim=1)
     assert error.max() < 1e-5
@@ -89,14 +89,14 @@ def test_class_features_equal_autograd_and_give_the_margin(tiny_model, encoded, 
     task = encoded["options"]
     batch = batch_of(task, range(6))
     collector = GradientCollector(model, projection)
-    found = collector.class_features(batch)
+    found = collector.collect([batch], "classes")
     assert not found.features[:, 0].any()
     for k in range(1, 4):
         want = torch.stack(
             [reference(model, task, i, projection, lambda s, y, k=k: (s[:, k] - s[:, 0]).sum()) for i in range(6)]
         )
         assert ((found.features[:, k] - want).norm(dim=1) / want.norm(dim=1)).max() < 1e-5
-    direct = collector.margin_features(batch)
+    direct = collector.collect([batch], "margin")
     value, features = margins_of_classes(found.scores.numpy(), found.features.numpy(), batch.labels.numpy())
     torch.testing.assert_close(torch.from_numpy(value), direct.margins, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.from_numpy(features), direct.features, rtol=1e-4, atol=1e-5)

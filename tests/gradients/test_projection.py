@@ -32,10 +32,10 @@ def test_signs_equal_the_slow_generator():
 
 def test_map_does_not_depend_on_block_or_width(monkeypatch):
     gradients = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
-    whole = Projection(400, 1).apply("a", gradients)
+    whole = Projection(400, 1).apply("a", gradients[:, :, None])
     dense = gradients.double() @ Projection(400, 1).signs("a", 0, 5000).double() / 20.0
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1 << 16)
-    torch.testing.assert_close(Projection(400, 1).apply("a", gradients), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Projection(400, 1).apply("a", gradients[:, :, None]), whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.double(), dense, rtol=1e-4, atol=1e-4)
     assert torch.equal(Projection(100, 1).signs("a", 0, 50), Projection(400, 1).signs("a", 0, 50)[:, :100])
 
@@ -49,7 +49,7 @@ def test_maps_of_other_seeds_and_names_are_unrelated():
 def test_inner_products_are_kept():
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(8, 20000, generator=generator)
-    phi = Projection(4096, 0).apply("a", g)
+    phi = Projection(4096, 0).apply("a", g[:, :, None])
     exact, kept = g @ g.T, phi @ phi.T
     scale = exact.diagonal().sqrt()
     error = (kept - exact) / (scale[:, None] * scale)

@@ -1,0 +1,219 @@
+"""A replica larger than one device: the layers of one base spread over Ray actors through which micro-batches stream.
+
+The base is frozen and nothing is updated, so batches need not wait for one another: while one is on its way back, the next
+ones are on their way out. Only hidden states, their gradients and d-vectors travel between actors. Measured against FSDP2
+and ZeRO-3, which send weights instead (docs/gradients.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_ensemble.config import GradientsConfig
+from ray_ensemble.gradients.per_example import Collected
+from ray_ensemble.gradients.units import GradientUnit, ReplicaSpec, UnitResult
+from ray_ensemble.models import attach_adapters, default_device, materialise, quiet_libraries
+from ray_ensemble.runtime import cluster_gpus, peak_memory_bytes
+
+Wire = NDArray[Any]
+
+
+class ShardActor:
+    """One shard of a replica; the plain class behind the Ray actor."""
+
+    def __init__(self, spec: ReplicaSpec, config: GradientsConfig, shard: int) -> None:
+        import torch
+
+        from ray_ensemble.gradients.projection import Projection
+        from ray_ensemble.gradients.shard import GradientShard
+        from ray_ensemble.models.shard import layer_count, load_shard, split_layers
+
+        quiet_libraries()
+        torch.set_num_threads(config.threads)
+        self._device = default_device()
+        folder = materialise(spec.source)
+        layers = split_layers(layer_count(folder), config.shards)[shard]
+        model = attach_adapters(
+            load_shard(folder, spec.quantization, self._device, layers), {"default": Path(spec.initial_adapter)}
+        )
+        self._weights = int(sum(p.nbytes for p in model.parameters()))
+        projection = Projection(config.dim, config.seed, self._device, config.projection)
+        self._shard = GradientShard(model, layers, projection)
+        self._pad_id = spec.pad_id
+
+    def weights(self) -> int:
+        """Bytes of the weights that this shard holds."""
+        return self._weights
+
+    def peak_memory(self) -> int:
+        """The most bytes that this actor has held."""
+        return peak_memory_bytes()
+
+    def forward(self, key: str, unit: GradientUnit, place: int, hidden: Wire | None) -> Wire:
+        """Batch `place` of a unit forward through this shard."""
+        batch = self._batch(unit, place)
+        return _to_wire(self._shard.forward(key, batch, unit.kind, self._from_wire(hidden)))
+
+    def backward(self, key: str, gradients: Wire) -> tuple[Wire | None, Wire]:
+        """A batch's gradients backward through this shard; see `GradientShard.backward`."""
+        gradient = self._from_wire(gradients)
+        assert gradient is not None
+        back, features = self._shard.backward(key, gradient)
+        return None if back is None else _to_wire(back), _to_wire(features)
+
+    def turn(self, unit: GradientUnit, place: int, hidden: Wire) -> tuple[Wire, Wire, Wire]:
+        """Batch `place` of a unit through the last shard and back: gradients, scores, features."""
+        entered = self._from_wire(hidden)
+        assert entered is not None
+        turned = self._shard.turn(self._batch(unit, place), unit.kind, entered)
+        return _to_wire(turned.gradients), _to_wire(turned.scores), _to_wire(turned.features)
+
+    def _batch(self, unit: GradientUnit, place: int) -> Any:
+        (batch,) = GradientUnit(unit.kind, unit.label_ids, (unit.batches[place],), ()).made(self._pad_id, self._device)
+        return batch
+
+    def _from_wire(self, array: Wire | None) -> Any:
+        import torch
+
+        if array is None:
+            return None
+        # Arrays from the object store are read-only views of shared memory.
+        tensor = torch.from_numpy(np.array(array))
+        return (tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor).to(self._device)
+
+
+def _to_wire(tensor: Any) -> Wire:
+    """A tensor as a NumPy array, which Ray passes without pickling; bfloat16, unknown to NumPy, goes as its bits."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    array: Wire = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+class ShardedReplica:
+    """One replica as a pipeline of shards; the plain class behind the Ray actor that leads it, which holds no weights.
+
+    Args:
+        spec: how shards load the base and θ₀.
+        config: d, seed, shards, threads.
+        group: the placement group with a bundle for each shard.
+        gpus: of one shard.
+    """
+
+    def __init__(self, spec: ReplicaSpec, config: GradientsConfig, group: Any, gpus: float) -> None:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        # Whatever is ready runs: a backward pass that has arrived, or the next batch forward.
+        remote = ray.remote(num_cpus=config.threads, num_gpus=gpus, allow_out_of_order_execution=True)(ShardActor)
+        self._shards = [
+            remote.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=shard)
+            ).remote(spec, config, shard)
+            for shard in range(config.shards)
+        ]
+        ray.get([shard.weights.remote() for shard in self._shards])
+
+    def weights(self) -> list[int]:
+        """Bytes of the weights that each shard holds."""
+        import ray
+
+        found: list[int] = ray.get([shard.weights.remote() for shard in self._shards])
+        return found
+
+    def collect(self, unit: GradientUnit) -> UnitResult:
+        """Features of a unit. Several calls may be under way at once; their batches share the pipeline."""
+        import ray
+
+        try:
+            return self._collect(unit)
+        except ray.exceptions.RayActorError:
+            # Without one of its shards the replica is lost: the pool replaces all of it.
+            os._exit(1)
+
+    def _collect(self, unit: GradientUnit) -> UnitResult:
+        import ray
+        import torch
+
+        at_once = len(self._shards) + 1  # batches of this unit in the pipeline; enough to keep every shard busy
+        reference = ray.put(unit)
+        scores: list[Wire] = []
+        features: list[Wire] = []
+        under_way: deque[tuple[Any, list[Any]]] = deque()
+        for place in range(len(unit.batches) + at_once):
+            if place < len(unit.batches):
+                under_way.append(self._send(reference, place))
+            if under_way and (place >= at_once - 1):
+                score, shares = under_way.popleft()
+                scores.append(ray.get(score))
+                # Shard by shard, so that the sum does not depend on which came first.
+                features.append(np.add.reduce(ray.get(shares)))
+        tokens = sum(batch.tokens for batch in unit.made(0, torch.device("cpu")))
+        counts = {"forward_tokens": tokens, "backward_tokens": tokens * unit.targets, "halved_batches": 0}
+        peak = max(ray.get([shard.peak_memory.remote() for shard in self._shards]))
+        return UnitResult.of(unit.kind, _collected(unit, scores, features), counts, peak)
+
+    def _send(self, unit: Any, place: int) -> tuple[Any, list[Any]]:
+        """Set a batch on its way; returns references to its scores and to each shard's share of its features."""
+        *front, last = self._shards
+        key = f"{unit.hex()}-{place}"
+        hidden = None
+        for shard in front:
+            hidden = shard.forward.remote(key, unit, place, hidden)
+        gradients, scores, share = last.turn.options(num_returns=3).remote(unit, place, hidden)
+        shares = [share]
+        for shard in reversed(front):
+            gradients, share = shard.backward.options(num_returns=2).remote(key, gradients)
+            shares.append(share)
+        return scores, shares
+
+
+def _collected(unit: GradientUnit, scores: list[Wire], features: list[Wire]) -> Collected:
+    import torch
+
+    from ray_ensemble.models import margins
+
+    s = torch.from_numpy(np.concatenate(scores))
+    phi = torch.from_numpy(np.concatenate(features))
+    labels = torch.tensor([example.label for batch in unit.batches for example in batch])
+    if unit.kind == "classes":
+        phi = phi.view(len(labels), unit.targets, -1)
+        phi = torch.cat([torch.zeros_like(phi[:, :1]), phi], dim=1)  # (N, K, d), zero for the first class
+    return Collected(s, margins(s, labels), phi)
+
+
+class ShardedReplicas:
+    """How a pool starts and gives up sharded replicas: a placement group and a leading actor each."""
+
+    def __init__(self, spec: ReplicaSpec, config: GradientsConfig) -> None:
+        self._spec, self._config = spec, config
+        self._gpus = 1.0 if cluster_gpus() else 0.0
+        self._groups: dict[Any, Any] = {}
+
+    def start(self) -> Any:
+        """See `pool.ActorKind`."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        bundle = {"CPU": float(self._config.threads)} | ({"GPU": self._gpus} if self._gpus else {})
+        group = placement_group([bundle] * self._config.shards, strategy="PACK")
+        # Two calls at once: the next unit enters the pipeline while the last batches of one are on their way back.
+        remote = ray.remote(num_cpus=0, max_concurrency=2, max_restarts=0, max_task_retries=0)(ShardedReplica)
+        actor = remote.remote(self._spec, self._config, group, self._gpus)
+        self._groups[actor] = group
+        return actor
+
+    def stop(self, actor: Any) -> None:
+        """See `pool.ActorKind`; the shards go with their placement group."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        ray.kill(actor)
+        remove_placement_group(self._groups.pop(actor))

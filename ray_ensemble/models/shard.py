@@ -1,0 +1,191 @@
+"""A shard of a base: some consecutive layers of it, loaded without the others, that run as one stage of a pipeline.
+
+The model's own code runs in every shard, so that masks, rotary embeddings and whatever else a family computes before its
+layers are right for all of them: layers that live elsewhere are replaced by pass-through modules and keep their places, the
+hidden states that arrive replace the input of the first own layer, and those that leave are taken off the last one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ray_ensemble.errors import InputError
+from ray_ensemble.models.base import load_pretrained
+from ray_ensemble.models.scoring import Batch, attention
+
+
+class _PassThrough(torch.nn.Module):
+    """Stands where a layer of another shard would."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class _NoEmbedding(torch.nn.Module):
+    """Stands where the token embedding would, in shards that get hidden states from another one."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._width, self._dtype = width, dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.zeros(*input_ids.shape, self._width, dtype=self._dtype, device=input_ids.device)
+
+
+def split_layers(layers: int, shards: int) -> list[range]:
+    """Consecutive runs of layers, one a shard, whose lengths differ by one at most; the first ones are the longer.
+
+    The last shard has the vocabulary matrix besides and the first has no backward pass below its first adapted layer.
+
+    Raises:
+        InputError: there are more shards than layers.
+    """
+    if shards > layers:
+        raise InputError(f"gradients.shards: the base has {layers} layers, so it cannot be split into {shards} shards")
+    sizes = [layers // shards + (shard < layers % shards) for shard in range(shards)]
+    starts = [sum(sizes[:shard]) for shard in range(shards)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def layer_count(folder: Path) -> int:
+    """Decoder layers of a materialised model."""
+    return int(_text(_config(folder)).num_hidden_layers)
+
+
+def load_shard(folder: Path, quantization: str, device: torch.device, layers: range) -> PreTrainedModel:
+    """The base with `layers` alone, frozen and in eval mode; the weights of other layers are never read.
+
+    The first shard has the token embedding, the last one the vocabulary matrix.
+
+    Raises:
+        InputError: the folder holds no causal language model, or one whose layers are not a single list.
+    """
+    config = copy.deepcopy(_config(folder))
+    first, last = layers.start == 0, layers.stop == _text(config).num_hidden_layers
+    tied = bool(getattr(_text(config), "tie_word_embeddings", False))
+    if not last:
+        # Without the vocabulary matrix there is nothing to tie.
+        config.tie_word_embeddings = _text(config).tie_word_embeddings = False
+    whole = _model_class(config, folder)
+
+    class Shard(whole):  # type: ignore[misc, valid-type]
+        """The model's class, cut before any weight is read, so that loading reads and quantises what is left alone."""
+
+        def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            stack = decoder_layers(self)
+            for place in range(len(stack)):
+                if place not in layers:
+                    stack[place] = _PassThrough()
+            if not first and not (last and tied):
+                embedding = self.get_input_embeddings()
+                self.set_input_embeddings(_NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
+            if not last:
+                self.set_output_embeddings(torch.nn.Identity())
+
+    Shard.__name__ = Shard.__qualname__ = whole.__name__
+    return load_pretrained(Shard, folder, quantization, device, config=config)
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The list of a model's decoder layers.
+
+    Raises:
+        InputError: there is no single list of as many modules as the config has layers.
+    """
+    count = int(_text(model.config).num_hidden_layers)
+    found = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise InputError(
+            f"gradients.shards: {type(model).__name__} does not keep its {count} layers in one list, so it cannot be "
+            "sharded; use shards: 1"
+        )
+    return found[0]
+
+
+class ShardRun:
+    """One shard's part of a forward pass.
+
+    Args:
+        model: the shard with its adapter.
+        layers: the layers that it holds.
+    """
+
+    def __init__(self, model: PeftModel, layers: range) -> None:
+        self._base = model.get_base_model()
+        stack = decoder_layers(self._base)
+        self._entry, self._exit = stack[layers.start], stack[layers.stop - 1]
+        self.first, self.last = layers.start == 0, layers.stop == len(stack)
+
+    def __call__(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """Run the shard.
+
+        Args:
+            batch: the batch, the same in every shard.
+            hidden: (N, T, H) hidden states from the shard before; None in the first.
+
+        Returns:
+            (N, T, H) hidden states for the next shard; the last shard's logits (N, keep, V).
+        """
+        inputs = {
+            "input_ids": batch.input_ids,
+            "attention_mask": attention(self._base, batch),
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+        }
+        with self._joined(hidden) as left:
+            if self.last:
+                logits: Tensor = self._base(**inputs, logits_to_keep=batch.keep).logits
+                return logits
+            # The bare decoder: the last layers' norm and head are another shard's.
+            self._base.base_model(**inputs)
+            return left[0]
+
+    @contextmanager
+    def _joined(self, hidden: Tensor | None) -> Iterator[list[Tensor]]:
+        left: list[Tensor] = []
+
+        def enter(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return (hidden, *args[1:]), kwargs
+
+        def leave(_: torch.nn.Module, __: Any, output: Any) -> None:
+            left.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [self._exit.register_forward_hook(leave)]
+        if hidden is not None:
+            handles.append(self._entry.register_forward_pre_hook(enter, with_kwargs=True))
+        try:
+            yield left
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no model config can be read here ({' '.join(str(error).split())[:200]})") from None
+    return config
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config()
+
+
+def _model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
+    try:
+        found = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise InputError(f"{folder}: {type(config).__name__} is not the config of a causal language model") from None
+    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return chosen
