@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +58,29 @@ def ray_cluster() -> Iterator[None]:
 
     with ray_session():
         yield
+
+
+@pytest.fixture(scope="module")
+def wide_cluster(ray_cluster: None) -> Iterator[None]:
+    """The same cluster with a second node, since sharded replicas want more CPUs than this machine may have."""
+    import ray
+
+    before = len(ray.nodes())
+    command = [
+        Path(sys.executable).parent / "ray", "start", "--address", ray.get_runtime_context().gcs_address,
+        "--num-cpus=4", f"--object-store-memory={100 * 2**20}", "--block",
+    ]  # fmt: skip
+    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while sum(found["Alive"] for found in ray.nodes()) <= before:
+            assert node.poll() is None, "the second node did not start"
+            assert time.monotonic() < deadline, "the second node did not join"
+            time.sleep(0.2)
+        yield
+    finally:
+        node.terminate()
+        node.wait(30)
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,7 @@ def collect_gradients(
         folder / "info.json",
         {
             "tasks": [task.name for task in tasks],
+            "data": {f"{name}/{split}": item.info["data"] for (name, split), item in plan.items()},
             "dim": config.dim,
             "seed": config.seed,
             "projection": config.projection,

@@ -68,7 +68,12 @@ class GradientStore:
             )
         if split not in ("train", "validation"):
             raise InputError(f"{self.folder}: no split '{split}' (gradients are kept of train and validation)")
-        return read_split(split_folder(self.folder, task, split))
+        return read_split(split_folder(self.folder, task, split), self._expected(task, split))
+
+    def _expected(self, task: str, split: str) -> dict[str, Any]:
+        """What a split's own description must say if it belongs to this store."""
+        shared = {key: value for key, value in self.info.items() if key not in ("tasks", "data")}
+        return {**shared, "task": task, "split": split, "data": self.info["data"][f"{task}/{split}"]}
 
 
 def split_folder(folder: Path, task: str, split: str) -> Path:
@@ -95,7 +100,7 @@ def damage(folder: Path, info: Mapping[str, Any]) -> str | None:
         return str(error)
     for key, value in info.items():
         if found.get(key) != value:
-            return f"{folder}: made with {key} = {found.get(key)}, this job has {value}"
+            return f"{folder}: made with {key} = {found.get(key)}, not {value}"
     for name, digest in found["files"].items():
         if not (folder / name).is_file():
             return f"{folder / name}: missing"
@@ -104,12 +109,20 @@ def damage(folder: Path, info: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_split(folder: Path) -> StoredGradients:
-    """Map the arrays of one split.
+def read_split(folder: Path, expected: Mapping[str, Any]) -> StoredGradients:
+    """Map the arrays of one split, once every byte has been checked against its hash.
+
+    Args:
+        folder: the split's.
+        expected: what its `info.json` must say.
 
     Raises:
-        InputError: a file is missing or is not an array; it is named.
+        InputError: a file is missing or damaged, or the split was made of something else; it is named.
     """
+    reason = damage(folder, expected)
+    if reason is not None:
+        where = f"{folder}: missing from the gradient store" if reason == "missing" else reason
+        raise InputError(f"{where}; run the gradients stage again, which computes this part alone")
     info = read_json(folder / "info.json", "split of the gradient store")
     arrays = {Path(name).stem: _mapped(folder / name) for name in info["files"]}
     if "class_scores" in arrays:
@@ -138,10 +151,5 @@ def margins_of_classes(scores: Array, features: Array, labels: NDArray[np.int64]
 
 
 def _mapped(path: Path) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing from the gradient store; run the gradients stage again") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error}); run the gradients stage again") from None
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return array

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_model
 
 from ray_ensemble.config import AdapterConfig
 from ray_ensemble.errors import InputError
@@ -15,7 +16,6 @@ from ray_ensemble.gradients.shard import GradientShard
 from ray_ensemble.models import LabelTree, attach_adapters, draw_initial_adapter, load_base, make_batch
 from ray_ensemble.models.shard import layer_count, load_shard, split_layers
 from ray_ensemble.tasks import EncodedExample
-from tests.tiny import write_model
 
 CPU = torch.device("cpu")
 LABELS = ((30, 31, 40), (30, 32, 41), (33,))
