@@ -66,9 +66,16 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "openai-gpt": ("OpenAIGPTConfig", {"n_positions": 64}),
     "gpt_neo": ("GPTNeoConfig", {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW}),
     "mamba": ("MambaConfig", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_key_value_heads": 1}),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {**_GROUPED, "num_hidden_layers": 6, "num_kv_shared_layers": 2, "intermediate_size": [24] * 6,
+         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 100, "laurel_rank": 4,
+         "layer_types": ["sliding_attention", "full_attention"] * 3, "activation_sparsity_pattern": [0.0] * 6},
+    ),
     "rwkv": ("RwkvConfig", {"attention_hidden_size": 16}),
     "roberta": ("RobertaConfig", {"is_decoder": True}),
-}
+}  # fmt: skip
 
 
 def config_of(kind: str, extra: dict[str, Any]) -> transformers.PretrainedConfig:

@@ -182,8 +182,8 @@ class GradientCollector:
             x = _by_example(inputs[0].detach(), shape, name).to(a.dtype)
             down = x @ a.T  # (N, T, in) @ (in, r)
             if not output.requires_grad:
-                # The lowest adapted layer: gradients need not flow below it.
-                output = output.detach().requires_grad_(True)
+                # The lowest adapted layer: gradients need not flow below it. A copy, since some families go on in place.
+                output = output.detach().requires_grad_(True).clone()
 
             def on_gradient(delta: Tensor) -> None:
                 delta = _by_example(delta, shape, name).to(a.dtype)

@@ -23,7 +23,7 @@ def draw_initial_adapter(base: PreTrainedModel, config: AdapterConfig, folder: P
     (DESIGN section 2).
 
     Raises:
-        InputError: the base has none of `target_modules`.
+        InputError: the base has none of `target_modules`, or gradients of an adapter on them cannot be taken.
     """
     check_target_modules(base, config)
     # PEFT knows the shorthand as a bare string only; what it stands for is saved with the adapter.
@@ -39,7 +39,11 @@ def draw_initial_adapter(base: PreTrainedModel, config: AdapterConfig, folder: P
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = get_peft_model(base, lora)
+        try:
+            model = get_peft_model(base, lora)
+        except ValueError as error:
+            raise InputError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from None
+        refuse_unsupported(model, "default")
     with whole_folder(folder) as temporary:
         save_adapter(model, temporary, "default")
     model.unload()
@@ -127,7 +131,10 @@ def refuse_unsupported(model: PeftModel, name: str) -> None:
         )
     for key in ("modules_to_save", "trainable_token_indices", "target_parameters"):
         if getattr(config, key, None):
-            raise InputError(f"adapters with {key} are not supported: only LoRA on linear modules is; leave it out")
+            raise InputError(
+                f"adapters with {key} are not supported: only LoRA on linear modules is (a base of experts takes its "
+                "attention's names in adapter.target_modules instead of all-linear)"
+            )
     for module, layer in lora_layers(model).items():
         if name in getattr(layer, "lora_variant", {}):
             kind = type(layer.lora_variant[name]).__name__

@@ -92,7 +92,12 @@ def load_shard(folder: Path, quantization: str, device: torch.device, layers: ra
     # transformers renames and converts what old checkpoints hold, but only for classes of its own.
     Shard.__name__ = Shard.__qualname__ = whole.__name__
     Shard.__module__ = whole.__module__
-    return load_pretrained(Shard, folder, quantization, device, config=config)
+    try:
+        return load_pretrained(Shard, folder, quantization, device, config=config)
+    except AttributeError as error:  # heads that are more than a matrix, such as those of BERT's kin
+        raise InputError(
+            f"gradients.shards: {whole.__name__} cannot be cut into shards ({error}); use shards: 1"
+        ) from None
 
 
 def _cut(model: PreTrainedModel, layers: range, embedding: bool) -> None:

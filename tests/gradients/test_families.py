@@ -232,6 +232,32 @@ def test_where_labels_cannot_branch_single_tokens_still_score_rightly(tmp_path, 
             label_scores(base, batch_of(examples_of(6, words), words))
 
 
+def test_layers_that_use_more_than_the_layer_before_cannot_be_sharded(tmp_path):
+    base = load_base(write(*OTHERS["gemma3n"], tmp_path / "model"), "none", CPU)
+    with pytest.raises(InputError, match="cannot be sharded; use shards: 1"):
+        check_shards(base, 2)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_neo"])
+def test_layers_that_return_tuples_can_be_sharded(tmp_path, name):
+    base = load_base(write(*OTHERS[name], tmp_path / "model"), "none", CPU)
+    before = label_scores(base, batch_of(examples_of(4, LABELS["single"]), LABELS["single"]))
+    check_shards(base, 2)
+    after = label_scores(base, batch_of(examples_of(4, LABELS["single"]), LABELS["single"]))
+    assert torch.equal(before, after), "the check puts everything back"
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "reason"),
+    [("mamba", ["out_proj"], "out_proj"), ("mixtral", ["all-linear"], "experts"), ("gpt2", ["c_atn"], "'c_attn'")],
+)
+def test_modules_that_cannot_be_adapted_are_refused_before_a_run(tmp_path, name, targets, reason):
+    kind, extra = FAMILIES[name][:2] if name in FAMILIES else OTHERS[name]
+    base = load_base(write(kind, extra, tmp_path / "model"), "none", CPU)
+    with pytest.raises(InputError, match=reason):
+        draw_initial_adapter(base, AdapterConfig(target_modules=targets), tmp_path / "init")
+
+
 def test_all_linear_is_saved_as_what_it_stands_for(family):
     saved = json.loads((family[1]["all-linear"] / "adapter_config.json").read_text())
     attention = json.loads((family[1]["attention"] / "adapter_config.json").read_text())
