@@ -34,14 +34,35 @@ class ModelConfig(Section):
     chat: bool = False
 
 
+ALL_LINEAR = "all-linear"
+
+
 class AdapterConfig(Section):
-    """The LoRA adapter that gradients, training and merging share. `seed` draws θ₀ once, when the run is planned."""
+    """The LoRA adapter that gradients, training and merging share. `seed` draws θ₀ once, when the run is planned.
+
+    `target_modules: all-linear` stands for every linear map of the base but the vocabulary matrix. `rank_stabilized` scales
+    by alpha/√rank instead of alpha/rank.
+    """
 
     rank: Count = 4
     alpha: Count = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] = ["q_proj", "k_proj", "v_proj"]
+    target_modules: Annotated[list[str], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj"]
+    rank_stabilized: bool = False
     seed: Seed = 0
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Let a bare name stand for a list of one."""
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _alone(cls, value: list[str]) -> list[str]:
+        if ALL_LINEAR in value and len(value) > 1:
+            raise ValueError(f"{ALL_LINEAR} names every linear module and stands alone")
+        return value
 
 
 class TaskConfig(Section):

@@ -20,7 +20,7 @@ from ray_ensemble.files import read_json, sha256_file, write_json
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import ray_session
-from ray_ensemble.tasks import EncodedTask, Task, encode_task, load_tasks
+from ray_ensemble.tasks import SPLITS, EncodedTask, Task, encode_task, load_tasks
 from ray_ensemble.version import __version__
 
 if TYPE_CHECKING:
@@ -69,7 +69,10 @@ class Stages:
     def plan(self) -> Outcome:
         """Find the model, draw θ₀, and say what will be done."""
         from ray_ensemble.models import (
+            LabelTree,
             backbone_parameters,
+            check_scores,
+            check_shards,
             default_device,
             draw_initial_adapter,
             load_base,
@@ -78,6 +81,11 @@ class Stages:
         )
 
         base = load_base(self._model_folder, "none", default_device())
+        trees = {task.name: LabelTree.of(task.label_ids) for task in self._encoded}
+        width = max(len(e.prompt_ids) + len(trees[t.name].tokens) for t in self._encoded for s in SPLITS for e in t[s])
+        check_scores(base, any(tree.branches for tree in trees.values()), width)
+        if self.config.gradients.shards > 1:
+            check_shards(base, self.config.gradients.shards)
         draw_initial_adapter(base, self.config.adapter, self._init)
         import torch
         from safetensors import safe_open

@@ -32,8 +32,9 @@ def merge_adapters(folders: Sequence[Path], weights: Sequence[float], target: Pa
         raise InputError(f"{target}: nothing to merge, every weight is zero")
     configs = [read_json(folder / "adapter_config.json", "adapter configuration") for folder, _ in used]
     for (folder, _), config in zip(used, configs, strict=True):
-        if config.get("use_dora") or config.get("bias", "none") != "none" or config.get("rank_pattern"):
-            raise InputError(f"{folder}: only plain LoRA adapters without biases or rank patterns can be merged")
+        patterns = config.get("rank_pattern") or config.get("alpha_pattern")
+        if config.get("use_dora") or config.get("lora_bias") or config.get("bias", "none") != "none" or patterns:
+            raise InputError(f"{folder}: only plain LoRA adapters without biases, rank or alpha patterns can be merged")
     tensors = [load_file(folder / "adapter_model.safetensors") for folder, _ in used]
     if any(set(t) != set(tensors[0]) for t in tensors):
         raise InputError(f"{used[0][0].parent}: these adapters adapt different modules and cannot be merged")

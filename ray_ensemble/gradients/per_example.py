@@ -20,6 +20,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from ray_ensemble.errors import InputError
 from ray_ensemble.gradients.projection import Projection
 from ray_ensemble.models.adapters import lora_layers, refuse_unsupported
 from ray_ensemble.models.scoring import Batch, label_scores, margins
@@ -156,7 +157,7 @@ class GradientCollector:
     def capturing(self, capture: Capture, batch: Batch) -> Iterator[None]:
         """A forward pass within this block sends its examples' gradients, once they flow back, to `capture`."""
         handles = [
-            layer.register_forward_hook(self._forward_hook(name, layer, capture))
+            layer.register_forward_hook(self._forward_hook(name, layer, capture, batch.input_ids.shape))
             for name, layer in self._layers.items()
         ]
         try:
@@ -172,20 +173,20 @@ class GradientCollector:
         weight: Tensor = layer.lora_B[self._adapter].weight
         return weight
 
-    def _forward_hook(self, name: str, layer: LoraLayer, capture: Capture):  # type: ignore[no-untyped-def]
+    def _forward_hook(self, name: str, layer: LoraLayer, capture: Capture, shape: torch.Size):  # type: ignore[no-untyped-def]
         a = layer.lora_A[self._adapter].weight  # (r, in)
         b = self._b(layer)  # (out, r)
         scaling = float(layer.scaling[self._adapter])
 
         def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = inputs[0].detach().to(a.dtype)
+            x = _by_example(inputs[0].detach(), shape, name).to(a.dtype)
             down = x @ a.T  # (N, T, in) @ (in, r)
             if not output.requires_grad:
-                # The lowest adapted layer: gradients need not flow below it.
-                output = output.detach().requires_grad_(True)
+                # The lowest adapted layer: gradients need not flow below it. A copy, since some families go on in place.
+                output = output.detach().requires_grad_(True).clone()
 
             def on_gradient(delta: Tensor) -> None:
-                delta = delta.to(a.dtype)
+                delta = _by_example(delta, shape, name).to(a.dtype)
                 gradient_b = torch.bmm(delta.transpose(1, 2), down)  # (N, out, T) @ (N, T, r)
                 capture.buffer.add(f"{name}.lora_B.weight", capture.slots, gradient_b.mul_(scaling))
                 if not self.fresh:
@@ -197,3 +198,15 @@ class GradientCollector:
             return output
 
         return hook
+
+
+def _by_example(t: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """A module's input or output as (N, T, ·): some families lay a batch's tokens end to end."""
+    if t.dim() == 3 and t.shape[0] == shape[0]:
+        return t
+    if t.dim() == 2 and t.shape[0] == shape.numel():
+        return t.view(*shape, -1)
+    raise InputError(
+        f"adapter.target_modules: {name} gets its tokens as {tuple(t.shape)} from a batch of {tuple(shape)}, so it cannot be "
+        "told which example they belong to (experts that tokens are sent to, for instance); leave it out"
+    )

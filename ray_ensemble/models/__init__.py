@@ -11,6 +11,7 @@ from ray_ensemble.models.base import (
     quiet_libraries,
     resolve_quantization,
 )
+from ray_ensemble.models.probe import check_scores, check_shards
 from ray_ensemble.models.scoring import (
     Batch,
     LabelTree,
@@ -26,6 +27,8 @@ __all__ = [
     "LabelTree",
     "attach_adapters",
     "backbone_parameters",
+    "check_scores",
+    "check_shards",
     "default_device",
     "draw_initial_adapter",
     "label_scores",

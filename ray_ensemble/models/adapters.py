@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ray_ensemble.config import AdapterConfig
+from ray_ensemble.config import ALL_LINEAR, AdapterConfig
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import whole_folder
 
@@ -23,20 +23,27 @@ def draw_initial_adapter(base: PreTrainedModel, config: AdapterConfig, folder: P
     (DESIGN section 2).
 
     Raises:
-        InputError: the base has none of `target_modules`.
+        InputError: the base has none of `target_modules`, or gradients of an adapter on them cannot be taken.
     """
     check_target_modules(base, config)
+    # PEFT knows the shorthand as a bare string only; what it stands for is saved with the adapter.
+    targets: list[str] | str = ALL_LINEAR if config.target_modules == [ALL_LINEAR] else list(config.target_modules)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
+        use_rslora=config.rank_stabilized,
+        target_modules=targets,
         task_type="CAUSAL_LM",
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = get_peft_model(base, lora)
+        try:
+            model = get_peft_model(base, lora)
+        except ValueError as error:
+            raise InputError(f"adapter.target_modules: {' '.join(str(error).split())[:300]}") from None
+        refuse_unsupported(model, "default")
     with whole_folder(folder) as temporary:
         save_adapter(model, temporary, "default")
     model.unload()
@@ -47,10 +54,10 @@ def check_target_modules(base: PreTrainedModel, config: AdapterConfig) -> None:
     names = sorted(
         {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)} - {"lm_head"}
     )
+    if config.target_modules == [ALL_LINEAR]:
+        return
     for target in config.target_modules:
-        if target == "all-linear" or any(
-            name == target or name.endswith(f".{target}") for name, _ in base.named_modules()
-        ):
+        if any(name == target or name.endswith(f".{target}") for name, _ in base.named_modules()):
             continue
         raise InputError(
             f"adapter.target_modules: the base has no module '{target}'{nearest(target, names)} "
@@ -108,9 +115,34 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
 
 
 def refuse_unsupported(model: PeftModel, name: str) -> None:
-    """Refuse adapters whose per-example gradients are not those of plain LoRA (DoRA, LoRA biases)."""
+    """Refuse adapters whose per-example gradients are not those of plain LoRA on linear maps, saying which and why.
+
+    Raises:
+        InputError: DoRA and other variants, biases, embeddings, convolutions, or whole modules that are trained besides.
+    """
     config = model.peft_config[name]
     if getattr(config, "use_dora", False):
         raise InputError("DoRA adapters are not supported: their gradients are not those of B·A alone; use plain LoRA")
     if getattr(config, "lora_bias", False):
         raise InputError("LoRA biases are not supported; use lora_bias=False")
+    if getattr(config, "bias", "none") != "none":
+        raise InputError(
+            f"adapters that train the base's biases are not supported; use bias='none', not {config.bias!r}"
+        )
+    for key in ("modules_to_save", "trainable_token_indices", "target_parameters"):
+        if getattr(config, key, None):
+            raise InputError(
+                f"adapters with {key} are not supported: only LoRA on linear modules is (a base of experts takes its "
+                "attention's names in adapter.target_modules instead of all-linear)"
+            )
+    for module, layer in lora_layers(model).items():
+        if name in getattr(layer, "lora_variant", {}):
+            kind = type(layer.lora_variant[name]).__name__
+            raise InputError(
+                f"{module}: {kind} adapters are not supported: their gradients are not those of plain LoRA"
+            )
+        if name not in layer.lora_A or not isinstance(layer.lora_A[name], torch.nn.Linear):
+            raise InputError(
+                f"{module}: LoRA on a {type(layer.get_base_layer()).__name__} is not supported; "
+                "leave it out of adapter.target_modules"
+            )

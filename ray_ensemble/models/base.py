@@ -22,6 +22,7 @@ from transformers import (
 from ray_ensemble.config import ModelConfig
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import sha256_file, sha256_json, whole_folder
+from ray_ensemble.models.families import causal_class, read_config
 from ray_ensemble.tasks import cache_dir, resolve_source
 
 _WEIGHTS = ("*.safetensors",)
@@ -80,6 +81,7 @@ def load_base(folder: Path, quantization: str, device: torch.device) -> PreTrain
     Raises:
         InputError: the folder holds no causal language model that transformers can load.
     """
+    causal_class(read_config(folder), folder)
     return load_pretrained(AutoModelForCausalLM, folder, quantization, device)
 
 
@@ -88,16 +90,23 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """`load_base` for a class of the caller's, which may be a part of a model."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options |= {"dtype": dtype, "trust_remote_code": False}
+    options |= {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         options["device_map"] = {"": device}
     try:
-        model: PreTrainedModel = model_class.from_pretrained(folder, **options)
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: no causal language model can be loaded from here ({_one_line(error)})") from None
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        # transformers would draw them at random: a model saved without its head, or for another use.
+        raise InputError(
+            f"{folder}: no causal language model can be loaded from here (the checkpoint has no weights for "
+            f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''})"
+        )
     if quantization != "nf4":
         model.to(device)
     model.eval()

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ray_ensemble.errors import InputError
+from ray_ensemble.models.families import bare, branching_obstacle, branching_refusal, takes_positions, text_config
 from ray_ensemble.tasks import EncodedExample
 
 _BATCH_TOKENS = 32  # what starting a batch costs, in tokens: the price of padding is weighed against it
@@ -149,6 +152,17 @@ def _visible(mask: Tensor, trees: Sequence[LabelTree]) -> Tensor:
     return sees[:, None]
 
 
+def model_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+    """The keyword arguments of a forward pass over a batch.
+
+    Raises:
+        InputError: the batch's labels branch and the model cannot be told so.
+    """
+    inputs = {"input_ids": batch.input_ids, "attention_mask": attention(model, batch), "use_cache": False}
+    # Without branches the positions are those that a model counts for itself, if it leaves out padding.
+    return inputs | {"position_ids": batch.position_ids} if takes_positions(model) else inputs
+
+
 def attention(model: torch.nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
     """What the model takes as `attention_mask`: the padding mask, or one that keeps the branches of label trees apart.
 
@@ -157,11 +171,16 @@ def attention(model: torch.nn.Module, batch: Batch) -> Tensor | dict[str, Tensor
     """
     if batch.sees is None:
         return batch.attention_mask
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    width = batch.input_ids.shape[1]
+    reason = branching_obstacle(model, width)
+    if reason is not None:
+        raise InputError(branching_refusal(model, reason))
+    config = text_config(bare(model).config)
+    # An adapter's own type is not that of the hidden states.
+    dtype = next(p.dtype for n, p in model.named_parameters() if p.dtype.is_floating_point and "lora_" not in n)
     full = _additive(batch.sees, dtype)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is None or batch.input_ids.shape[1] <= window:
+    if window is None or width <= window:
         return full
     distance = batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :]  # (N, 1, T, T)
     sliding = _additive(batch.sees & (distance < window), dtype)
@@ -176,13 +195,7 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 def label_scores(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Scores s (N, K) float32 of every label word; −inf where an example's task has fewer than K labels."""
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=attention(model, batch),
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.keep,
-        use_cache=False,
-    ).logits  # (N, keep, V)
+    logits = model(**model_inputs(model, batch), logits_to_keep=batch.keep).logits  # (N, keep, V)
     return scores_of_logits(logits, batch)
 
 

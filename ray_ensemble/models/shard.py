@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ray_ensemble.errors import InputError
 from ray_ensemble.models.base import load_pretrained
-from ray_ensemble.models.scoring import Batch, attention
+from ray_ensemble.models.families import bare, causal_class, read_config, text_config
+from ray_ensemble.models.scoring import Batch, model_inputs
 
 
 class _PassThrough(torch.nn.Module):
     """Stands where a layer of another shard would."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+        # Where layers return tuples, the model takes our output's first row for them. What passes through here comes before
+        # a shard's own layers or after them, where only the shape matters.
+        return hidden_states if hidden_states.dim() > 2 else hidden_states[None]
 
 
 class _NoEmbedding(torch.nn.Module):
@@ -58,7 +61,7 @@ def split_layers(layers: int, shards: int) -> list[range]:
 
 def layer_count(folder: Path) -> int:
     """Decoder layers of a materialised model."""
-    return int(_text(_config(folder)).num_hidden_layers)
+    return int(text_config(read_config(folder)).num_hidden_layers)
 
 
 def load_shard(folder: Path, quantization: str, device: torch.device, layers: range) -> PreTrainedModel:
@@ -69,31 +72,57 @@ def load_shard(folder: Path, quantization: str, device: torch.device, layers: ra
     Raises:
         InputError: the folder holds no causal language model, or one whose layers are not a single list.
     """
-    config = copy.deepcopy(_config(folder))
-    first, last = layers.start == 0, layers.stop == _text(config).num_hidden_layers
-    tied = bool(getattr(_text(config), "tie_word_embeddings", False))
+    config = copy.deepcopy(read_config(folder))
+    first, last = layers.start == 0, layers.stop == text_config(config).num_hidden_layers
+    tied = bool(getattr(text_config(config), "tie_word_embeddings", False))
     if not last:
         # Without the vocabulary matrix there is nothing to tie.
-        config.tie_word_embeddings = _text(config).tie_word_embeddings = False
-    whole = _model_class(config, folder)
+        config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
+    whole = causal_class(config, folder)
 
     class Shard(whole):  # type: ignore[misc, valid-type]
         """The model's class, cut before any weight is read, so that loading reads and quantises what is left alone."""
 
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            stack = decoder_layers(self)
-            for place in range(len(stack)):
-                if place not in layers:
-                    stack[place] = _PassThrough()
-            if not first and not (last and tied):
-                embedding = self.get_input_embeddings()
-                self.set_input_embeddings(_NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
+            _cut(self, layers, embedding=first or (last and tied))
             if not last:
                 self.set_output_embeddings(torch.nn.Identity())
 
+    # transformers renames and converts what old checkpoints hold, but only for classes of its own.
     Shard.__name__ = Shard.__qualname__ = whole.__name__
-    return load_pretrained(Shard, folder, quantization, device, config=config)
+    Shard.__module__ = whole.__module__
+    try:
+        return load_pretrained(Shard, folder, quantization, device, config=config)
+    except AttributeError as error:  # heads that are more than a matrix, such as those of BERT's kin
+        raise InputError(
+            f"gradients.shards: {whole.__name__} cannot be cut into shards ({error}); use shards: 1"
+        ) from None
+
+
+def _cut(model: PreTrainedModel, layers: range, embedding: bool) -> None:
+    """Replace the layers that are not a shard's own, and the token embedding unless the shard has it."""
+    stack = decoder_layers(model)
+    for place in range(len(stack)):
+        if place not in layers:
+            stack[place] = _PassThrough()
+    if not embedding:
+        weight = model.get_input_embeddings().weight
+        model.set_input_embeddings(_NoEmbedding(weight.shape[1], weight.dtype))
+
+
+@contextmanager
+def as_shard(model: PreTrainedModel, layers: range) -> Iterator[ShardRun]:
+    """A whole model that runs as the shard of some of its layers would, within this block."""
+    stack, embedding = decoder_layers(model), model.get_input_embeddings()
+    before = list(stack)
+    _cut(model, layers, embedding=layers.start == 0)
+    try:
+        yield ShardRun(model, layers)
+    finally:
+        for place, layer in enumerate(before):
+            stack[place] = layer
+        model.set_input_embeddings(embedding)
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -102,9 +131,11 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     Raises:
         InputError: there is no single list of as many modules as the config has layers.
     """
-    count = int(_text(model.config).num_hidden_layers)
+    count = int(text_config(model.config).num_hidden_layers)
     found = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    if len(found) != 1:
+    # Lists within the layers themselves, of experts for instance, may happen to be as long.
+    inner = set(found[0].modules()) if found else set()
+    if not found or any(m not in inner for m in found):
         raise InputError(
             f"gradients.shards: {type(model).__name__} does not keep its {count} layers in one list, so it cannot be "
             "sharded; use shards: 1"
@@ -116,12 +147,12 @@ class ShardRun:
     """One shard's part of a forward pass.
 
     Args:
-        model: the shard with its adapter.
+        model: the shard, with its adapter or without.
         layers: the layers that it holds.
     """
 
-    def __init__(self, model: PeftModel, layers: range) -> None:
-        self._base = model.get_base_model()
+    def __init__(self, model: PeftModel | PreTrainedModel, layers: range) -> None:
+        self._base: Any = bare(model)
         stack = decoder_layers(self._base)
         self._entry, self._exit = stack[layers.start], stack[layers.stop - 1]
         self.first, self.last = layers.start == 0, layers.stop == len(stack)
@@ -136,12 +167,7 @@ class ShardRun:
         Returns:
             (N, T, H) hidden states for the next shard; the last shard's logits (N, keep, V).
         """
-        inputs = {
-            "input_ids": batch.input_ids,
-            "attention_mask": attention(self._base, batch),
-            "position_ids": batch.position_ids,
-            "use_cache": False,
-        }
+        inputs = model_inputs(self._base, batch)
         with self._joined(hidden) as left:
             if self.last:
                 logits: Tensor = self._base(**inputs, logits_to_keep=batch.keep).logits
@@ -155,6 +181,8 @@ class ShardRun:
         left: list[Tensor] = []
 
         def enter(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": hidden}
             return (hidden, *args[1:]), kwargs
 
         def leave(_: torch.nn.Module, __: Any, output: Any) -> None:
@@ -168,24 +196,3 @@ class ShardRun:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no model config can be read here ({' '.join(str(error).split())[:200]})") from None
-    return config
-
-
-def _text(config: Any) -> Any:
-    return config.get_text_config()
-
-
-def _model_class(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
-    try:
-        found = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise InputError(f"{folder}: {type(config).__name__} is not the config of a causal language model") from None
-    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
-    return chosen

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from ray_ensemble.config import AdapterConfig
 from ray_ensemble.ensemble.merge import merge_adapters
 from ray_ensemble.errors import InputError
-from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base, save_adapter
+from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base, lora_layers, save_adapter
 
 CPU = torch.device("cpu")
 
 
-def trained(tiny_model: Path, folder: Path, rank: int, alpha: int, seed: int) -> Path:
-    config = AdapterConfig(rank=rank, alpha=alpha, seed=seed)
+def trained(tiny_model: Path, folder: Path, rank: int, alpha: int, seed: int, stabilized: bool = False) -> Path:
+    config = AdapterConfig(rank=rank, alpha=alpha, seed=seed, rank_stabilized=stabilized)
     draw_initial_adapter(load_base(tiny_model, "none", CPU), config, folder / "init")
     model = attach_adapters(load_base(tiny_model, "none", CPU), {"default": folder / "init"})
     torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def trained(tiny_model: Path, folder: Path, rank: int, alpha: int, seed: int) ->
 def updates(folder: Path) -> dict[str, torch.Tensor]:
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    scaling = config["lora_alpha"] / config["r"]
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     return {
         name: scaling * tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double()
         for name in tensors
@@ -57,6 +57,17 @@ def test_merged_update_is_the_weighted_sum_and_equals_peft(tiny_model, tmp_path)
         outputs[name] = model(input_ids=ids).logits
     torch.testing.assert_close(outputs["ours"], outputs["theirs"], rtol=1e-4, atol=1e-4)
     assert (outputs["ours"] - outputs["a"]).abs().max() > 1e-2
+
+
+def test_rank_stabilised_adapters_merge_to_the_weighted_sum_as_the_model_runs_it(tiny_model, tmp_path):
+    folders = [trained(tiny_model, tmp_path / "a", 4, 6, 1, True), trained(tiny_model, tmp_path / "b", 2, 3, 2)]
+    merge_adapters(folders, [0.3, 0.7], tmp_path / "merged")
+    names = {"a": folders[0], "b": folders[1], "merged": tmp_path / "merged"}
+    model = attach_adapters(load_base(tiny_model, "none", CPU), names)
+    for layer in lora_layers(model).values():
+        a, b, merged = (layer.get_delta_weight(name) for name in names)
+        assert layer.scaling["a"] == 6 / 4**0.5
+        torch.testing.assert_close(merged, 0.3 * a + 0.7 * b, rtol=1e-5, atol=1e-7)
 
 
 def test_zero_weights_are_left_out(tiny_model, tmp_path):
