@@ -117,6 +117,17 @@ def seconds_of(run: Callable[[], object], device: torch.device, clock: str = "wa
     return now() - start
 
 
+def peak_resident() -> int:
+    """Peak of this process's resident set in bytes.
+
+    Linux's ru_maxrss will not do: a child begins with its parent's.
+    """
+    if platform.system() == "Linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
 def extra_peak(work: Callable[[], object], device: torch.device) -> int:
     """Bytes that `work` held at its peak above what was held before."""
     gc.collect()
@@ -130,9 +141,9 @@ def extra_peak(work: Callable[[], object], device: torch.device) -> int:
         # Loading may have held more than the work will: give back what is free, and let the kernel forget the peak.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_resident() - before
 
 
 def contender_peak(name: str, setup: Setup) -> int:

@@ -278,8 +278,15 @@ def ours_unprojected(setup: Setup) -> Run:
 
 def _collector(setup: Setup, projection: Projection) -> Run:
     collector = GradientCollector(setup.model, projection)
-    # Until GradientCollector.collect is there.
-    return lambda: torch.cat([collector.margin_features(batch).features for batch in setup.batches])
+    collect = getattr(collector, "collect", None)
+    if collect is None:  # until GradientCollector.collect is there
+        return lambda: torch.cat([collector.margin_features(batch).features for batch in setup.batches])
+
+    def run() -> Tensor:
+        features: Tensor = collect(setup.batches, "margin").features
+        return features
+
+    return run
 
 
 def autograd_loop(setup: Setup) -> Run:
