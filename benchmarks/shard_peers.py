@@ -34,6 +34,9 @@ from ray_ensemble.models import Batch, LabelRows, attach_adapters, load_base, ma
 from ray_ensemble.tasks import EncodedExample, cache_dir
 
 CPU = torch.device("cpu")
+# glibc keeps freed buffers for reuse, by default ever larger ones: a process that gathers and frees weights layer by layer then
+# looks as if it held them all. With these in the environment of every contender, freed buffers go back to the system.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,12 @@ class PeerRound:
 
 @dataclass(frozen=True)
 class PeerFacts:
-    """A process's weights, traffic and peak memory during passes; loading and cutting the model are left out.
-
-    `peak_memory` is of a last round in which freed buffers go back to the system at once, hence what the pass needs;
-    `peak_memory_timed` of the timed rounds, in which the C library keeps many of them for reuse.
-    """
+    """A process's weights and traffic. `peak_memory` is over the rounds alone: loading and cutting the model are left out."""
 
     bytes_sent_per_batch: float
     collectives_per_batch: float
     weight_bytes: int
     peak_memory: int
-    peak_memory_timed: int
     memory_before_model: int
 
 
@@ -261,13 +259,6 @@ def resident_bytes(field: str = "VmRSS") -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def keep_no_freed_memory() -> None:
-    """Have the C library give large freed buffers back at once (page faults make the process slower from here on)."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it ends its adaptation
-    libc.mallopt(-1, 1 << 17)  # M_TRIM_THRESHOLD
-
-
 def reset_peak(device: torch.device) -> None:
     """Give freed memory back and forget the peak so far, so that loading a model whole before it is cut does not count."""
     ctypes.CDLL(None).malloc_trim(0)
@@ -319,18 +310,13 @@ class Peer:
         return PeerRound(start, end, margins.float().cpu().numpy(), features.float().cpu().numpy())
 
     def facts(self) -> PeerFacts:
-        """Means over the rounds after the first, and the peaks; runs one more round for them."""
-        timed = peak_bytes(self._device)
-        keep_no_freed_memory()
-        reset_peak(self._device)
-        self.round()
+        """Means and peaks over the rounds after the first."""
         passes = max(1, self._rounds - 1) * self._setup.batches
         return PeerFacts(
             bytes_sent_per_batch=self._traffic.bytes / passes,
             collectives_per_batch=self._traffic.calls / passes,
             weight_bytes=weight_bytes(self._model),
             peak_memory=peak_bytes(self._device),
-            peak_memory_timed=timed,
             memory_before_model=self._before,
         )
 

@@ -200,7 +200,6 @@ class PipelineGroup:
                 actor["messages"] / passes,
                 actor["weight_bytes"],
                 actor["peak_memory"],
-                actor["peak_memory"],
                 actor["memory_before_model"],
             )
             for actor in self._replica.facts()
@@ -321,7 +320,6 @@ def summary(row: Row, setup: peers.Setup, baseline: float | None) -> dict[str, A
         "loopback_bytes_per_process_per_batch": statistics.median(row.lo_bytes),
         "weight_bytes_per_process": max(f.weight_bytes for f in row.facts),
         "peak_memory_bytes_per_process": max(f.peak_memory for f in row.facts),
-        "peak_memory_bytes_per_process_timed": max(f.peak_memory_timed for f in row.facts),
         "largest_relative_difference": row.difference,
         "processes": [asdict(f) for f in row.facts],
     }
@@ -362,9 +360,9 @@ def describe(setup: peers.Setup, source: str, rounds: int) -> dict[str, Any]:
             "bytes_sent_per_process_per_batch": "collectives counted at the call; ring all-gather of B bytes sends B(k-1)/k",
             "loopback_bytes_per_process_per_batch": "/proc/net/dev, whole machine, during the contender's own rounds",
             "weight_bytes_per_process": "bytes of the process's own parameters and shards between passes",
-            "peak_memory_bytes_per_process": "VmHWM of one more round with freed buffers given back (GPU: allocator's peak); "
-            "of a whole model's weights the mapped file's pages count too, which replicas on one machine share",
-            "peak_memory_bytes_per_process_timed": "VmHWM of the timed rounds, buffers that malloc keeps included",
+            "peak_memory_bytes_per_process": "VmHWM after a reset behind the first round (GPU: allocator's peak); of a whole "
+            "model the mapped weight file's pages count too, which replicas on one machine share",
+            "malloc": peers.RETURN_FREED_MEMORY,
             "ratio_to_replicas": "median rounds; the replicas take part in the same rounds",
         },
     }
@@ -400,6 +398,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
+    os.environ.update(peers.RETURN_FREED_MEMORY)  # of the processes that are started from here on
     quiet_libraries()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
