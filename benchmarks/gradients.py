@@ -351,7 +351,7 @@ def project_modules(args: argparse.Namespace, device: torch.device) -> dict[str,
     }
     torch.manual_seed(0)
     gradients = torch.randn(args.batch, max(sizes), device=device)
-    projection.apply("warm-up", gradients[:, :4096])
+    projection.apply("warm-up", gradients[:, :4096, None])
     features = torch.zeros(args.batch, args.dim, device=device)
     taken = 0.0
 
@@ -360,7 +360,7 @@ def project_modules(args: argparse.Namespace, device: torch.device) -> dict[str,
 
         def run() -> None:
             for i, size in enumerate(sizes):
-                features.add_(projection.apply(f"module.{i}", gradients[:, :size]))
+                features.add_(projection.apply(f"module.{i}", gradients[:, :size, None]))
 
         taken = seconds_of(run, device, args.clock)
 

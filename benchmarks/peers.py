@@ -26,9 +26,10 @@ from torch import Tensor
 from ray_ensemble.config import AdapterConfig, load_config
 from ray_ensemble.gradients.per_example import GradientCollector
 from ray_ensemble.gradients.projection import Projection
+from ray_ensemble.gradients.units import UNIT_EXAMPLES
 from ray_ensemble.models import (
     Batch,
-    LabelRows,
+    LabelTree,
     attach_adapters,
     backbone_parameters,
     default_device,
@@ -57,7 +58,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
 }
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
-Prompt = tuple[EncodedExample, LabelRows]
+Prompt = tuple[EncodedExample, LabelTree]
 Run = Callable[[], Tensor]
 
 
@@ -154,7 +155,7 @@ def real_prompts(args: argparse.Namespace, model: Path) -> list[Prompt]:
     for place in range(max((len(task["train"]) for task in usable), default=0)):
         for task in usable:
             if place < len(task["train"]) and len(found) < args.examples:
-                found.append((task["train"][place], LabelRows.of(task.label_ids)))
+                found.append((task["train"][place], LabelTree.of(task.label_ids)))
     if len(found) < args.examples:
         raise SystemExit(
             f"{args.job}: {len(found)} training examples with two labels of one token, not {args.examples}"
@@ -181,7 +182,7 @@ def random_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Random token ids, half of `--prompt-tokens` to all of it."""
     draw = random.Random(0)  # noqa: S311 (nothing secret)
     vocabulary = SHAPES[args.shape]["vocab_size"]
-    rows = LabelRows.of(((3,), (4,)))
+    rows = LabelTree.of(((3,), (4,)))
     lengths = [draw.randint(max(1, args.prompt_tokens // 2), args.prompt_tokens) for _ in range(args.examples)]
     ids = [tuple(draw.randrange(5, vocabulary) for _ in range(length)) for length in lengths]
     return [(EncodedExample(prompt, draw.randrange(2), False), rows) for prompt in ids]
@@ -278,15 +279,10 @@ def ours_unprojected(setup: Setup) -> Run:
 
 def _collector(setup: Setup, projection: Projection) -> Run:
     collector = GradientCollector(setup.model, projection)
-    collect = getattr(collector, "collect", None)
-    if collect is None:  # until GradientCollector.collect is there
-        return lambda: torch.cat([collector.margin_features(batch).features for batch in setup.batches])
-
-    def run() -> Tensor:
-        features: Tensor = collect(setup.batches, "margin").features
-        return features
-
-    return run
+    # The pipeline's units: the projection's buffer is emptied after as many examples as there.
+    at_once = max(1, UNIT_EXAMPLES // setup.batches[0].size)
+    units = [setup.batches[start : start + at_once] for start in range(0, len(setup.batches), at_once)]
+    return lambda: torch.cat([collector.collect(unit, "margin").features for unit in units])
 
 
 def autograd_loop(setup: Setup) -> Run:

@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ray_ensemble.gradients.per_example import GradientCollector, MarginFeatures
+from ray_ensemble.gradients.per_example import Collected, GradientCollector
 from ray_ensemble.gradients.projection import Projection
-from ray_ensemble.models import Batch, LabelRows, attach_adapters, load_base, make_batch, quiet_libraries
+from ray_ensemble.gradients.units import GradientUnit
+from ray_ensemble.models import Batch, attach_adapters, load_base, quiet_libraries
+from ray_ensemble.models.shard import decoder_layers
 from ray_ensemble.tasks import EncodedExample, cache_dir
 
 CPU = torch.device("cpu")
@@ -80,7 +82,7 @@ class PeerFacts:
     memory_before_model: int
 
 
-def process_batches(setup: Setup, vocabulary: int, rank: int, device: torch.device) -> list[Batch]:
+def process_unit(setup: Setup, vocabulary: int, rank: int) -> GradientUnit:
     """The batches of process `rank`: random tokens, prompts of equal length, two labels of one token each."""
     generator = np.random.default_rng([setup.seed, rank])
     words = ((1,), (2,))
@@ -88,14 +90,15 @@ def process_batches(setup: Setup, vocabulary: int, rank: int, device: torch.devi
     for _ in range(setup.batches):
         ids = generator.integers(0, vocabulary, (setup.rows, setup.tokens)).tolist()
         labels = generator.integers(0, len(words), setup.rows).tolist()
-        examples = [EncodedExample(tuple(prompt), label, False) for prompt, label in zip(ids, labels, strict=True)]
-        batches.append(make_batch(examples, [LabelRows.of(words)] * setup.rows, len(words), 0, device))
-    return batches
+        batches.append(
+            tuple(EncodedExample(tuple(prompt), label, False) for prompt, label in zip(ids, labels, strict=True))
+        )
+    return GradientUnit("margin", words, tuple(batches), tuple(range(setup.batches * setup.rows)))
 
 
-def collect_margins(collector: GradientCollector, batches: Sequence[Batch]) -> list[MarginFeatures]:
+def collect_margins(collector: GradientCollector, batches: Sequence[Batch]) -> Collected:
     """The gradient pass that is measured; nothing else here calls the collector."""
-    return [collector.margin_features(batch) for batch in batches]
+    return collector.collect(batches, "margin")
 
 
 def vocabulary_size(model: torch.nn.Module) -> int:
@@ -173,15 +176,6 @@ BUILDERS: dict[str, Callable[[Setup, torch.device], PeftModel]] = {
     "fsdp2": fsdp2,
     "zero3": zero3,
 }
-
-
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder layers: the one list of modules that is as long as the model is deep."""
-    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
-    if len(lists) != 1:
-        raise ValueError(f"expected one list of {depth} decoder layers, found {len(lists)}")
-    return lists[0]
 
 
 def _base_on_cpu(setup: Setup, device: torch.device) -> PreTrainedModel:
@@ -289,7 +283,7 @@ class Peer:
         self._before = resident_bytes()
         self._model = BUILDERS[kind](setup, self._device)
         self._collector = GradientCollector(self._model, Projection(setup.dim, 0, self._device))
-        self._batches = process_batches(setup, vocabulary_size(self._model), rank, self._device)
+        self._batches = process_unit(setup, vocabulary_size(self._model), rank).made(0, self._device)
         self._rounds = 0
 
     def round(self) -> PeerRound:
@@ -301,13 +295,11 @@ class Peer:
         self._rounds += 1
         dist.barrier()
         start = time.monotonic()
-        results = collect_margins(self._collector, self._batches)
+        result = collect_margins(self._collector, self._batches)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         end = time.monotonic()
-        margins = torch.cat([result.margins for result in results])
-        features = torch.cat([result.features for result in results])
-        return PeerRound(start, end, margins.float().cpu().numpy(), features.float().cpu().numpy())
+        return PeerRound(start, end, result.margins.float().cpu().numpy(), result.features.float().cpu().numpy())
 
     def facts(self) -> PeerFacts:
         """Means and peaks over the rounds after the first."""

