@@ -130,7 +130,8 @@ def cut(features: list[TaskFeatures], first: int, stop: int) -> list[TaskFeature
 def losses(features: list[TaskFeatures], job: Path, regularization: float, groups: list[tuple[int, ...]]) -> Any:
     """Estimated validation losses of every (group, member), and the member of each."""
     estimator = Estimator(features, load_config(job).training, regularization)
-    values, members = [], []
+    values: list[float] = []
+    members: list[int] = []
     for group in groups:
         estimate = estimator.group(group)
         values.extend(half.loss for half in estimate.report)

@@ -146,7 +146,9 @@ class RunFolder:
             return
         before, after = flatten(load_config(file)), flatten(self.config)
         changed = [
-            key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key) and key not in _FREE
+            key
+            for key in dict.fromkeys([*before, *after])
+            if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
         ]
         if changed and not redo:
             shown = ", ".join(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in changed[:5])

@@ -31,7 +31,7 @@ def gradient_flops(size: ModelSize, forward_tokens: int, backward_tokens: int, p
         forward_tokens: tokens of all forward passes.
         backward_tokens: tokens of all backward passes (K − 1 a validation example).
         projected: number of gradients projected.
-        dim: d.
+        dim: d; every element of a gradient meets d signs (an upper bound for the Kronecker map).
     """
     passes = 2.0 * size.backbone * (forward_tokens + backward_tokens)
     return passes + 4.0 * size.adapter * backward_tokens + 2.0 * size.adapter * dim * projected

@@ -22,6 +22,7 @@ from ray_ensemble.models import attach_adapters, default_device, materialise, qu
 from ray_ensemble.runtime import cluster_gpus, peak_memory_bytes
 
 Wire = NDArray[Any]
+Share = tuple[Wire, int]  # a shard's part of a batch's features, and the most bytes that its process has held
 
 
 class ShardActor:
@@ -47,32 +48,28 @@ class ShardActor:
         self._shard = GradientShard(model, layers, projection)
         self._pad_id = spec.pad_id
 
-    def weights(self) -> int:
-        """Bytes of the weights that this shard holds."""
-        return self._weights
-
-    def peak_memory(self) -> int:
-        """The most bytes that this actor has held."""
-        return peak_memory_bytes()
+    def facts(self) -> dict[str, int]:
+        """Bytes of the weights that this shard holds, and the most bytes that its process has held."""
+        return {"weights": self._weights, "peak_memory": peak_memory_bytes()}
 
     def forward(self, key: str, unit: GradientUnit, place: int, hidden: Wire | None) -> Wire:
         """Batch `place` of a unit forward through this shard."""
         batch = self._batch(unit, place)
         return _to_wire(self._shard.forward(key, batch, unit.kind, self._from_wire(hidden)))
 
-    def backward(self, key: str, gradients: Wire) -> tuple[Wire | None, Wire]:
-        """A batch's gradients backward through this shard; see `GradientShard.backward`."""
+    def backward(self, key: str, gradients: Wire) -> tuple[Wire | None, Share]:
+        """A batch's gradients backward through this shard: gradients for the shard before, and its share."""
         gradient = self._from_wire(gradients)
         assert gradient is not None
         back, features = self._shard.backward(key, gradient)
-        return None if back is None else _to_wire(back), _to_wire(features)
+        return None if back is None else _to_wire(back), (_to_wire(features), peak_memory_bytes())
 
-    def turn(self, unit: GradientUnit, place: int, hidden: Wire) -> tuple[Wire, Wire, Wire]:
-        """Batch `place` of a unit through the last shard and back: gradients, scores, features."""
+    def turn(self, unit: GradientUnit, place: int, hidden: Wire) -> tuple[Wire, Wire, Share]:
+        """Batch `place` of a unit through the last shard and back: gradients for the shard before, scores, its share."""
         entered = self._from_wire(hidden)
         assert entered is not None
         turned = self._shard.turn(self._batch(unit, place), unit.kind, entered)
-        return _to_wire(turned.gradients), _to_wire(turned.scores), _to_wire(turned.features)
+        return _to_wire(turned.gradients), _to_wire(turned.scores), (_to_wire(turned.features), peak_memory_bytes())
 
     def _batch(self, unit: GradientUnit, place: int) -> Any:
         (batch,) = GradientUnit(unit.kind, unit.label_ids, (unit.batches[place],), ()).made(self._pad_id, self._device)
@@ -119,13 +116,13 @@ class ShardedReplica:
             ).remote(spec, config, shard)
             for shard in range(config.shards)
         ]
-        ray.get([shard.weights.remote() for shard in self._shards])
+        self.facts()
 
-    def weights(self) -> list[int]:
-        """Bytes of the weights that each shard holds."""
+    def facts(self) -> list[dict[str, int]]:
+        """Weights and peak memory of each shard, in bytes; waits until all are loaded."""
         import ray
 
-        found: list[int] = ray.get([shard.weights.remote() for shard in self._shards])
+        found: list[dict[str, int]] = ray.get([shard.facts.remote() for shard in self._shards])
         return found
 
     def collect(self, unit: GradientUnit) -> UnitResult:
@@ -146,6 +143,7 @@ class ShardedReplica:
         reference = ray.put(unit)
         scores: list[Wire] = []
         features: list[Wire] = []
+        peak = 0
         under_way: deque[tuple[Any, list[Any]]] = deque()
         for place in range(len(unit.batches) + at_once):
             if place < len(unit.batches):
@@ -153,11 +151,12 @@ class ShardedReplica:
             if under_way and (place >= at_once - 1):
                 score, shares = under_way.popleft()
                 scores.append(ray.get(score))
+                found: list[Share] = ray.get(shares)
                 # Shard by shard, so that the sum does not depend on which came first.
-                features.append(np.add.reduce(ray.get(shares)))
+                features.append(np.add.reduce([share for share, _ in found]))
+                peak = max(peak, *(held for _, held in found))
         tokens = sum(batch.tokens for batch in unit.made(0, torch.device("cpu")))
         counts = {"forward_tokens": tokens, "backward_tokens": tokens * unit.targets, "halved_batches": 0}
-        peak = max(ray.get([shard.peak_memory.remote() for shard in self._shards]))
         return UnitResult.of(unit.kind, _collected(unit, scores, features), counts, peak)
 
     def _send(self, unit: Any, place: int) -> tuple[Any, list[Any]]:

@@ -25,7 +25,8 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MIX1 = 0xBF58476D1CE4E5B9
 _MIX2 = 0x94D049BB133111EB
 _COLUMNS = 65536  # columns reserved for each element, so that a sign does not depend on d
-_BLOCK_BYTES = 8 << 20  # of signs held at once
+_SIGN, _MINUS_ONE = -0x80000000, -0x40800000  # of IEEE single precision, as int32
+_BLOCK_BYTES = 2 << 20  # of signs held at once: they stay in the cache until they are used
 
 
 def _signed(value: int) -> int:
@@ -61,8 +62,7 @@ class Projection:
         self.seed = seed
         self.kind = kind
         self.device = torch.device(device)
-        bits = torch.arange(65536, dtype=torch.int64)[:, None] >> torch.arange(16)  # (65536, 16)
-        self._table = ((bits & 1) * 2 - 1).to(torch.float32).to(self.device)
+        self._shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=self.device)
 
     def signs(self, name: str, start: int, stop: int, columns: int | None = None) -> Tensor:
         """Rows start…stop of a parameter's part of √d·P: (stop − start, columns) float32, each entry −1 or +1."""
@@ -74,10 +74,10 @@ class Projection:
         word = torch.arange(words, dtype=torch.int64, device=self.device)
         counter = element * (_COLUMNS // 64) + word + 1  # (rows, words)
         bits = _mix(counter.mul_(_signed(_GAMMA)).add_(key))
-        # Sixteen signs are looked up at a time; int16 halves come in little-endian order on every machine we run on.
-        halves = bits.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)  # (rows, 4·words)
-        signs = torch.nn.functional.embedding(halves, self._table)  # (rows, 4·words, 16)
-        return signs.view(stop - start, words * 64)[:, :columns]
+        # Each bit moves to where a float has its sign, under the exponent of 1; halves of a word come low one first.
+        halves = bits.view(torch.int32)[:, :, None] << self._shifts  # (rows, 2·words, 32)
+        halves.bitwise_and_(_SIGN).bitwise_xor_(_MINUS_ONE)
+        return halves.view(torch.float32).view(stop - start, words * 64)[:, :columns]
 
     def apply(self, name: str, gradients: Tensor) -> Tensor:
         """Project a parameter's per-example gradients.

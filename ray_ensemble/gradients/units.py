@@ -25,7 +25,7 @@ GradientSplit = Literal["train", "validation"]
 SPLITS: tuple[GradientSplit, ...] = ("train", "validation")
 COUNTS = ("forward_tokens", "backward_tokens", "halved_batches")
 
-_UNIT_EXAMPLES = 32
+UNIT_EXAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class SplitPlan:
         self.units: dict[str, GradientUnit] = {}
         run: list[list[int]] = []
         for batch in [*batches, None]:
-            if batch is None or (run and sum(map(len, run)) + len(batch) > _UNIT_EXAMPLES):
+            if batch is None or (run and sum(map(len, run)) + len(batch) > UNIT_EXAMPLES):
                 unit = GradientUnit(
                     self.kind,
                     task.label_ids,
