@@ -36,6 +36,12 @@ def check_scores(model: torch.nn.Module, branching: bool, width: int) -> None:
         InputError: it is not causal, or does not take padding on the left, or cannot score such labels.
     """
     name = type(bare(model)).__name__
+    longest = getattr(text_config(bare(model).config), "max_position_embeddings", None)
+    if longest is not None and width > longest:
+        raise InputError(
+            f"limits.max_tokens: the longest prompt has {width} tokens with its label words, and {name} was made for "
+            f"{longest}; lower the limit by {width - longest} at least, or take another base"
+        )
     if branching and (reason := branching_obstacle(model, width)) is not None:
         raise InputError(branching_refusal(model, reason))
     if not _agrees(model, ((0, 1, 2), (3,))):

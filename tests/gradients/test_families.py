@@ -139,6 +139,15 @@ def some_family(request, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
     return folder, initial_adapters(folder, attention)
 
 
+def test_prompts_longer_than_the_base_was_made_for_are_refused(tiny_model):
+    base = load_base(tiny_model, "none", CPU)
+    check_scores(base, branching=False, width=256)
+    with pytest.raises(
+        InputError, match=r"limits\.max_tokens: .* 300 tokens .* was made for 256; lower the limit by 44"
+    ):
+        check_scores(base, branching=False, width=300)
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_nf4_features_equal_autograd_on_the_same_nf4_base(some_family, warm):
     folder, adapters = some_family
