@@ -55,7 +55,13 @@ def ray_session() -> Iterator[None]:
     }
     if not os.environ.get("RAY_ADDRESS"):
         # Train's clean-up of a dead controller asks the dashboard, so the dashboard has to run.
-        options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "object_store_memory": _OBJECT_STORE}
+        # "local", or Ray would join whatever cluster was started on this machine last.
+        options |= {
+            "address": "local",
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": _OBJECT_STORE,
+        }
     _start(options)
     try:
         yield
