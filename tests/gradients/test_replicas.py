@@ -88,10 +88,17 @@ def actor_processes(title: str) -> list[int]:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(
-    ("shards", "title"), [(1, "ray::GradientReplica"), (2, "ray::ShardActor"), (2, "ray::ShardedReplica")]
+    ("shards", "title"),
+    [
+        (1, "ray::GradientReplica"),
+        pytest.param(2, "ray::ShardActor", marks=pytest.mark.slow),
+        pytest.param(2, "ray::ShardedReplica", marks=pytest.mark.slow),
+    ],
 )
-def test_killed_actor_leaves_no_trace_in_the_store(setting, tmp_path, shards, title, wide_cluster):
-    undisturbed = collect(setting, tmp_path / "undisturbed", replicas=2, shards=shards)
+def test_killed_actor_leaves_no_trace_in_the_store(setting, one_replica, tmp_path, shards, title, wide_cluster):
+    undisturbed = one_replica
+    if shards > 1:
+        undisturbed = collect(setting, tmp_path / "undisturbed", replicas=2, shards=shards)
     parts = tmp_path / "killed" / ".parts"
     before = set(actor_processes(title))
     killed, kept = [], {}
@@ -104,7 +111,7 @@ def test_killed_actor_leaves_no_trace_in_the_store(setting, tmp_path, shards, ti
         os.kill(victims.pop(), signal.SIGKILL)
         killed.append(True)
 
-    thread = threading.Thread(target=kill_one)
+    thread = threading.Thread(target=kill_one, daemon=True)
     thread.start()
     written: dict[Path, int] = {}
 
