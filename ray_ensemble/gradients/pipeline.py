@@ -1,8 +1,8 @@
 """A replica larger than one device: the layers of one base spread over Ray actors through which micro-batches stream.
 
 The base is frozen and nothing is updated, so batches need not wait for one another: while one is on its way back, the next
-ones are on their way out. Only hidden states, their gradients and d-vectors travel between actors. Measured against FSDP2
-and ZeRO-3, which send weights instead (docs/gradients.md).
+ones are on their way out. Only hidden states, their gradients and d-vectors travel between actors. FSDP2 and
+ZeRO-3 send weights instead, hundreds of times as many bytes a batch (docs/gradients.md).
 """
 
 from __future__ import annotations
