@@ -23,6 +23,7 @@ _VERBS = {
     "ensemble": "weights of each dataset over the adapters",
     "evaluate": "all models on the test splits: metrics.json",
     "report": "report.html and plots",
+    "validate": "really fine-tune sampled subsets and hold the estimate against them",
 }
 
 
@@ -55,6 +56,12 @@ def _dispatch(options: argparse.Namespace) -> int:
         _print(*job.preview())
         return 0
     output = options.output or Path("runs") / Path(options.job).stem
+    if options.verb == "validate":
+        from ray_ensemble.report import validation_summary
+
+        found = job.validate(output, subsets=options.subsets, repeats=options.repeats, redo=options.redo)
+        _print(validation_summary(found))
+        return 0
     result = job.through("report" if options.verb == "run" else options.verb, output, redo=options.redo)
     if options.verb in ("run", "report"):
         from ray_ensemble.report import terminal_summary
@@ -109,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--redo", action="store_true", help="recompute what depends on keys that differ from the folder's config"
         )
+        if verb == "validate":
+            command.add_argument("--subsets", type=int, default=12, help="subsets to fine-tune (default: 12)")
+            command.add_argument(
+                "--repeats", type=int, default=3, help="of these, how many again with another seed (default: 3)"
+            )
     predict = verbs.add_parser("predict", help="label lines of text with a finished run's ensemble")
     predict.add_argument("run", help="the run folder")
     predict.add_argument("--task", required=True, help="the dataset whose prompt, labels and weights to use")

@@ -122,6 +122,31 @@ class Job:
             Stages(folder, stack).through(stage)
         return RunResult(folder.path)
 
+    def validate(
+        self, output: str | Path, *, subsets: int = 12, repeats: int = 3, redo: bool = False
+    ) -> dict[str, Any]:
+        """Fine-tune sampled subsets for real and compare the estimate with them: `validation.json`, and what it holds.
+
+        Args:
+            output: the run folder; stages up to the gradients run first where they are not whole.
+            subsets: how many are fine-tuned.
+            repeats: how many of these are fine-tuned again with another seed, which gives the ceiling of any estimate.
+            redo: as for `through`.
+
+        Raises:
+            InputError, RunError: as for `through`.
+        """
+        prepare_environment()
+        from ray_ensemble.models import quiet_libraries
+        from ray_ensemble.validation import validate
+
+        quiet_libraries()
+        folder = RunFolder(output, self.config, redo)
+        with folder.lease(), ExitStack() as stack:
+            stages = Stages(folder, stack)
+            stages.through("gradients")
+            return validate(stages, subsets, repeats)
+
     def preview(self) -> list[Any]:
         """Rendered prompts and label words of every task as the tokenizer sees them, as rich renderables."""
         from ray_ensemble.models import load_tokenizer, materialise, quiet_libraries

@@ -24,7 +24,7 @@ from ray_ensemble.tasks import SPLITS, EncodedTask, Task, encode_task, load_task
 from ray_ensemble.version import __version__
 
 if TYPE_CHECKING:
-    from ray_ensemble.estimator import TaskFeatures
+    from ray_ensemble.estimator import Estimator, TaskFeatures
     from ray_ensemble.gradients import GradientStore
 
 Facts = dict[str, Any]
@@ -81,8 +81,8 @@ class Stages:
         )
 
         base = load_base(self._model_folder, "none", default_device())
-        trees = {task.name: LabelTree.of(task.label_ids) for task in self._encoded}
-        width = max(len(e.prompt_ids) + len(trees[t.name].tokens) for t in self._encoded for s in SPLITS for e in t[s])
+        trees = {task.name: LabelTree.of(task.label_ids) for task in self.encoded}
+        width = max(len(e.prompt_ids) + len(trees[t.name].tokens) for t in self.encoded for s in SPLITS for e in t[s])
         check_scores(base, any(tree.branches for tree in trees.values()), width)
         if self.config.gradients.shards > 1:
             check_shards(base, self.config.gradients.shards)
@@ -114,12 +114,12 @@ class Stages:
 
     def tasks(self) -> Outcome:
         """Read, split and tokenise the data."""
-        if max(self.config.search.groups) > len(self._encoded):
+        if max(self.config.search.groups) > len(self.encoded):
             raise InputError(
-                f"search.groups: {max(self.config.search.groups)} groups of {len(self._encoded)} tasks; "
+                f"search.groups: {max(self.config.search.groups)} groups of {len(self.encoded)} tasks; "
                 "a group needs at least one task"
             )
-        described = [_describe(task, encoded) for task, encoded in zip(self._loaded, self._encoded, strict=True)]
+        described = [_describe(task, encoded) for task, encoded in zip(self._loaded, self.encoded, strict=True)]
         write_json(self.folder / "tasks.json", {"tasks": described})
         return [self.folder / "tasks.json"], {}
 
@@ -128,9 +128,9 @@ class Stages:
         from ray_ensemble.evaluation import gradient_flops
         from ray_ensemble.gradients import collect_gradients
 
-        self._need_ray()
+        self.need_ray()
         store = self.folder / "gradients"
-        done = collect_gradients(self._encoded, self._spec, self.config.gradients, self._base_hashes, store)
+        done = collect_gradients(self.encoded, self.spec, self.config.gradients, self.base_hashes, store)
         # At a fresh start only B's half of the adapter has a gradient to take and to project.
         size = self._size(half="lora_B")
         flops = gradient_flops(
@@ -144,7 +144,7 @@ class Stages:
         from ray_ensemble.gradients import GradientStore
         from ray_ensemble.grouping import run_search
 
-        self._need_ray()
+        self.need_ray()
         features = _features(GradientStore.open(self.folder / "gradients"))
         with Bar("search", self.config.search.trials, "trials") as bar:
             found = run_search(features, self.config, self.folder.path, progress=bar.reach)
@@ -158,8 +158,8 @@ class Stages:
         from ray_ensemble.evaluation import training_flops
         from ray_ensemble.training import AdapterJob, train_adapters
 
-        self._need_ray()
-        examples = {task.name: len(task["train"]) for task in self._encoded}
+        self.need_ray()
+        examples = {task.name: len(task["train"]) for task in self.encoded}
         settings = self.config.training
         jobs = [
             AdapterJob(name, tuple(group), settings.steps(sum(examples[t] for t in group)), settings.seed)
@@ -168,7 +168,7 @@ class Stages:
         steps = sum(job.steps for job in jobs)
         baseline = AdapterJob("qlora_all", tuple(examples), steps, settings.seed)
         trained = train_adapters(
-            [*jobs, baseline], self._encoded, self.config, self.folder.path, asdict(self._spec), self._base_hashes
+            [*jobs, baseline], self.encoded, self.config, self.folder.path, asdict(self.spec), self.base_hashes
         )
         files = []
         for name, adapter in trained.items():
@@ -193,26 +193,26 @@ class Stages:
         names = self._group_names
         held_out = {
             task.name: tuple(task["validation"][i] for i in validation_halves(len(task["validation"]))[1])
-            for task in self._encoded
+            for task in self.encoded
         }
         learned = self.config.ensemble.weights == "learned" and len(names) > 1
         weights: dict[str, list[float]] = {}
         tokens, peak = 0, 0
         if learned:
-            self._need_ray()
+            self.need_ray()
             requests = [
-                ScoreRequest(self._adapter(name), task, held_out[task.name]) for task in self._encoded for name in names
+                ScoreRequest(self._adapter(name), task, held_out[task.name]) for task in self.encoded for name in names
             ]
             scored = score_all(
-                requests, self._spec, self.config.gradients, self._base_hashes, self.folder.path, "validation scores"
+                requests, self.spec, self.config.gradients, self.base_hashes, self.folder.path, "validation scores"
             )
             tokens, peak = scored.tokens, scored.peak_memory_bytes
-            for i, task in enumerate(self._encoded):
+            for i, task in enumerate(self.encoded):
                 scores = np.stack(scored.scores[i * len(names) : (i + 1) * len(names)])
                 labels = np.array([example.label for example in held_out[task.name]])
                 weights[task.name] = fit_weights(scores, labels, self._own(task.name)).tolist()
         else:
-            weights = {task.name: [1.0 / len(names)] * len(names) for task in self._encoded}
+            weights = {task.name: [1.0 / len(names)] * len(names) for task in self.encoded}
         write_json(
             self.folder / "ensemble.json",
             {
@@ -234,11 +234,11 @@ class Stages:
         from ray_ensemble.ensemble import ScoreRequest, combine, score_all
         from ray_ensemble.evaluation import summarise
 
-        self._need_ray()
+        self.need_ray()
         ensemble = read_json(self.folder / "ensemble.json", "ensemble")
         names, weights = ensemble["adapters"], ensemble["weights"]
         wanted: dict[tuple[str, str], ScoreRequest] = {}
-        for task in self._encoded:
+        for task in self.encoded:
             used = [name for name, w in zip(names, weights[task.name], strict=True) if w > 0]
             own = names[self._own(task.name)]
             folders: dict[str, Path | None] = {"base": None, "qlora_all": self._adapter("qlora_all")}
@@ -248,11 +248,11 @@ class Stages:
             for name, adapter in folders.items():
                 wanted[task.name, name] = ScoreRequest(adapter, task, task["test"])
         scored = score_all(
-            list(wanted.values()), self._spec, self.config.gradients, self._base_hashes, self.folder.path, "test scores"
+            list(wanted.values()), self.spec, self.config.gradients, self.base_hashes, self.folder.path, "test scores"
         )
         scores = dict(zip(wanted, scored.scores, strict=True))
         outputs: dict[str, dict[str, NDArray[Any]]] = {}
-        for task in self._encoded:
+        for task in self.encoded:
             w = np.array(weights[task.name])
             shape = scores[task.name, "base"].shape
             stack = np.stack([scores.get((task.name, name), np.zeros(shape, np.float32)) for name in names])
@@ -265,7 +265,7 @@ class Stages:
                 # With one adapter in use the merged adapter is that adapter.
                 "merged": scores.get((task.name, "merged"), scores[task.name, only]),
             }
-        labels = {task.name: np.array([e.label for e in task["test"]]) for task in self._encoded}
+        labels = {task.name: np.array([e.label for e in task["test"]]) for task in self.encoded}
         metrics = summarise(outputs, labels)
         peak = {
             stage: self.folder.facts(stage)["peak_memory_bytes"]
@@ -286,9 +286,16 @@ class Stages:
         write_report(self.folder.path)
         return [self.folder / "report.html", *sorted((self.folder / "plots").glob("*.png"))], {}
 
+    def estimator(self) -> Estimator:
+        """The estimate as the search uses it, from the gradients of this folder."""
+        from ray_ensemble.gradients import GradientStore
+        from ray_ensemble.grouping import job_estimator
+
+        return job_estimator(_features(GradientStore.open(self.folder / "gradients")), self.config)
+
     # What the stages share --------------------------------------------------------------------------------------------
 
-    def _need_ray(self) -> None:
+    def need_ray(self) -> None:
         if not self._ray:
             self._stack.enter_context(ray_session())
             self._ray = True
@@ -310,12 +317,12 @@ class Stages:
         return load_tasks(self.config.tasks, self.config.limits, Path.cwd())
 
     @cached_property
-    def _encoded(self) -> list[EncodedTask]:
+    def encoded(self) -> list[EncodedTask]:
         return encode_all(self._loaded, self._tokenizer, self.config)
 
     def _refuse_changed_data(self) -> None:
         before = {task["name"]: task["data_hash"] for task in read_json(self.folder / "tasks.json")["tasks"]}
-        changed = [task.name for task in self._encoded if before.get(task.name) != task.data_hash]
+        changed = [task.name for task in self.encoded if before.get(task.name) != task.data_hash]
         if changed:
             raise InputError(
                 f"{self.folder.path}: the data of {', '.join(changed)} are not those that this run began with "
@@ -332,7 +339,7 @@ class Stages:
         return self.folder / "init"
 
     @cached_property
-    def _base_hashes(self) -> dict[str, str]:
+    def base_hashes(self) -> dict[str, str]:
         from ray_ensemble.models import model_hash
 
         if model_hash(self._model_folder) != self._plan["model"]["hash"]:
@@ -347,7 +354,7 @@ class Stages:
         }
 
     @cached_property
-    def _spec(self) -> Any:
+    def spec(self) -> Any:
         from ray_ensemble.gradients import ReplicaSpec
 
         model = self._plan["model"]

@@ -14,15 +14,15 @@ from ray_ensemble.grouping.cases import group_counts
 from ray_ensemble.grouping.result import SearchResult
 
 if TYPE_CHECKING:
-    from ray_ensemble.grouping.search import run_search
+    from ray_ensemble.grouping.search import job_estimator, run_search
 
-__all__ = ["SearchResult", "group_counts", "run_search"]
+__all__ = ["SearchResult", "group_counts", "job_estimator", "run_search"]
 
 
 def __getattr__(name: str) -> Any:
     """Import Ray only for who searches."""
-    if name == "run_search":
-        from ray_ensemble.grouping.search import run_search
+    if name in ("job_estimator", "run_search"):
+        from ray_ensemble.grouping import search
 
-        return run_search
+        return getattr(search, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

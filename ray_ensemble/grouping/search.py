@@ -185,6 +185,14 @@ def _peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def job_estimator(features: Sequence[TaskFeatures], config: JobConfig) -> Estimator:
+    """The estimator that a search of this job uses, with its λ_ref, and nothing fitted yet."""
+    settings = config.estimator
+    subsets = sample_subsets(len(features), settings.subsets, settings.subset_size, settings.seed)
+    with threadpool_limits(limits=1):
+        return Estimator(features, config.training, _reference(features, config, subsets).regularization)
+
+
 def _reference(features: Sequence[TaskFeatures], config: JobConfig, subsets: Sequence[Group]) -> Reference:
     setting = config.estimator.regularization
     if setting != "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ray_ensemble.report.terminal import terminal_summary
+from ray_ensemble.report.validation import validation_summary
 from ray_ensemble.report.write import write_report
 
-__all__ = ["terminal_summary", "write_report"]
+__all__ = ["terminal_summary", "validation_summary", "write_report"]

@@ -1,0 +1,72 @@
+"""Subsets of tasks that are really fine-tuned, to hold the estimate against: a Ray Train job for each, side by side.
+
+Adapters and scores are kept in the run folder under what they depend on, so that nothing is ever trained or scored twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_ensemble.ensemble import ScoreRequest, score_all
+from ray_ensemble.stages import Stages
+from ray_ensemble.training import AdapterJob, train_adapters
+
+TruthSplit = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class RealRun:
+    """An adapter trained on the tasks `members` (indices) with `seed`, its cost, and its label scores (N, K) of each member."""
+
+    members: tuple[int, ...]
+    seed: int
+    steps: int
+    seconds: float
+    tokens: int
+    folder: Path
+    scores: dict[int, NDArray[np.float32]]
+
+
+def fine_tune(
+    stages: Stages, wanted: Sequence[tuple[tuple[int, ...], int]], split: TruthSplit = "validation"
+) -> list[RealRun]:
+    """Train an adapter for every (members, seed) and score it on its members' examples of `split`.
+
+    `seed` is added to the job's own training seed. The budget of each is the one that a group of these members gets.
+    Errors as for `train_adapters` and `score_all`.
+    """
+    stages.need_ray()
+    tasks, settings = stages.encoded, stages.config.training
+    jobs = []
+    for members, seed in wanted:
+        names = tuple(tasks[i].name for i in members)
+        steps = settings.steps(sum(len(tasks[i]["train"]) for i in members))
+        jobs.append(AdapterJob("+".join(names) + f"#{seed}", names, steps, settings.seed + seed))
+    trained = train_adapters(jobs, tasks, stages.config, stages.folder.path, asdict(stages.spec), stages.base_hashes)
+    requests = [
+        ScoreRequest(trained[job.name].folder, tasks[i], tasks[i][split])
+        for job, (members, _) in zip(jobs, wanted, strict=True)
+        for i in members
+    ]
+    scored = iter(
+        score_all(
+            requests,
+            stages.spec,
+            stages.config.gradients,
+            stages.base_hashes,
+            stages.folder.path,
+            f"{split} scores of fine-tuned subsets",
+        ).scores
+    )
+    runs = []
+    for job, (members, seed) in zip(jobs, wanted, strict=True):
+        adapter = trained[job.name]
+        scores = {i: next(scored) for i in members}
+        runs.append(RealRun(members, seed, adapter.steps, adapter.seconds, adapter.tokens, adapter.folder, scores))
+    return runs

@@ -1,0 +1,47 @@
+"""The end of `ray-ensemble validate`: errors of the estimate beside what another seed of training changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+_ROWS = (
+    ("loss error", "loss_error", "%"),
+    ("loss error, calibrated", "loss_error_calibrated", "%"),
+    ("accuracy error", "accuracy_error", "%"),
+    ("accuracy error, points", "accuracy_error_points", ""),
+    ("Spearman within datasets", "spearman", ""),
+)
+
+
+def validation_summary(found: dict[str, Any]) -> Table:
+    """The content of `validation.json` as a table: each measure, and the same of a second seed (the ceiling)."""
+    table = Table(
+        title=f"Estimate against {found['subsets']} really fine-tuned subsets, {found['points']} (subset, dataset) points",
+        caption="errors are relative to the truth and averaged over points; seed to seed: training again with another seed",
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    ceiling = found.get("seed_to_seed") or {}
+    table.add_column("")
+    table.add_column("estimate", justify="right")
+    table.add_column("seed to seed", justify="right")
+    for title, key, kind in _ROWS:
+        table.add_row(title, _text(found.get(key), kind) + _interval(found, key), _text(ceiling.get(key), kind))
+    return table
+
+
+def _text(value: float | None, kind: str) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}%" if kind == "%" else f"{value:.2f}"
+
+
+def _interval(found: dict[str, Any], key: str) -> str:
+    interval = found.get(f"{key}_interval")
+    return f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
