@@ -296,6 +296,7 @@ class Stages:
     # What the stages share --------------------------------------------------------------------------------------------
 
     def need_ray(self) -> None:
+        """Start Ray unless this pass has."""
         if not self._ray:
             self._stack.enter_context(ray_session())
             self._ray = True
@@ -318,6 +319,7 @@ class Stages:
 
     @cached_property
     def encoded(self) -> list[EncodedTask]:
+        """All tasks, tokenised."""
         return encode_all(self._loaded, self._tokenizer, self.config)
 
     def _refuse_changed_data(self) -> None:
@@ -340,6 +342,7 @@ class Stages:
 
     @cached_property
     def base_hashes(self) -> dict[str, str]:
+        """Hashes of the base and θ₀, and the quantization: what every cached result depends on."""
         from ray_ensemble.models import model_hash
 
         if model_hash(self._model_folder) != self._plan["model"]["hash"]:
@@ -355,6 +358,7 @@ class Stages:
 
     @cached_property
     def spec(self) -> Any:
+        """How a worker loads the base and θ₀."""
         from ray_ensemble.gradients import ReplicaSpec
 
         model = self._plan["model"]

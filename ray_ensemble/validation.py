@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 
 from ray_ensemble.errors import InputError
 from ray_ensemble.estimator import Estimate, Estimator, estimate_task, sample_subsets
+from ray_ensemble.estimator.budget import stack_group
 from ray_ensemble.estimator.comparison import Point, compare
+from ray_ensemble.estimator.lifting import lifting_shares
 from ray_ensemble.evaluation.metrics import losses_and_hits
-from ray_ensemble.files import write_json
+from ray_ensemble.files import read_json, sha256_file, sha256_json, write_json
+from ray_ensemble.gradients.linearity import Linearity, LinearityProbe, LinearityUnit
+from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
+from ray_ensemble.progress import Bar
 from ray_ensemble.real_runs import RealRun, fine_tune
 from ray_ensemble.stages import Stages
+from ray_ensemble.tasks import split_hash
 
 FORMAT = 1
+DISTANCES = (0.02, 0.05, 0.1)  # ρ, relative to the norm of the adapter at its start
+DIRECTIONS = 2  # subsets whose lifted fit is followed, and whose training is
+PROBED = 16  # validation examples of each member
 
 
 def validate(stages: Stages, subsets: int, repeats: int) -> dict[str, Any]:
@@ -51,6 +60,7 @@ def validate(stages: Stages, subsets: int, repeats: int) -> dict[str, Any]:
         "regularization": estimator.regularization,
         "steps": [run.steps for run in runs if run.seed == 0],
         "table": [_row(point, names) for point in points],
+        "approximation": _approximation(stages, estimator, [run for run in runs if run.seed == 0][:DIRECTIONS]),
     }
     write_json(stages.folder / "validation.json", found)
     return found
@@ -77,6 +87,71 @@ def measured_points(estimator: Estimator, runs: Sequence[RealRun]) -> list[Point
                 )
             )
     return points
+
+
+def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]) -> list[dict[str, Any]]:
+    """How linear the model is along lifted fits and at the distance that training really reached, a row a distance."""
+    units: dict[str, LinearityUnit] = {}
+    for run in runs:
+        tasks = [stages.encoded[i] for i in run.members]
+        probed = tuple((task.label_ids, task["validation"][:PROBED]) for task in tasks)
+        fit, _ = estimator.fit(run.members)
+        weights = stack_group(estimator.features, run.members)[2]
+        shares = lifting_shares(estimator.features, run.members, fit.beta, weights)
+        counts = [len(each) for each in shares]  # gradients.max_examples may leave out the rest
+        train = tuple(
+            (task.label_ids, task["train"][:count], each)
+            for task, count, each in zip(tasks, counts, shares, strict=True)
+        )
+        about = {
+            "base": stages.base_hashes,
+            "data": [split_hash(task, task["validation"][:PROBED]) for task in tasks],
+            "how": [stages.config.gradients.batch_tokens, stages.config.gradients.threads],
+        }
+        lifted = {"train": [split_hash(task, task["train"][:n]) for task, n in zip(tasks, counts, strict=True)]}
+        lifted |= {"shares": [np.round(each, 9).tolist() for each in shares], "distances": DISTANCES}
+        units[sha256_json(about | lifted)[:16]] = LinearityUnit(probed, train=train, distances=DISTANCES)
+        trained = {"adapter": sha256_file(run.folder / "adapter_model.safetensors")}
+        units[sha256_json(about | trained)[:16]] = LinearityUnit(probed, adapter=run.folder)
+    folder = stages.folder / "linearity"
+    missing = {key: unit for key, unit in units.items() if not (folder / f"{key}.json").is_file()}
+    if missing:
+        stages.need_ray()
+        settings = stages.config.gradients
+        size = pool_size(settings.replicas, settings.threads, len(missing))
+        with Bar("linearity along fits and training", len(missing), "directions") as bar:
+
+            def keep(key: str, found: Linearity) -> None:
+                write_json(folder / f"{key}.json", {"squares": found.squares()})
+                bar.advance()
+
+            arguments = (stages.spec, settings.threads, settings.batch_tokens)
+            map_units(
+                PlainActors(LinearityProbe, arguments, settings.threads, actor_gpus(size)),
+                "measure",
+                missing,
+                size=size,
+                on_result=keep,
+            )
+    squares = {key: read_json(folder / f"{key}.json", "measurement of linearity")["squares"] for key in units}
+    rows = [
+        _errors([squares[key][place] for key, unit in units.items() if unit.train]) for place in range(len(DISTANCES))
+    ]
+    rows = [{"direction": "lifted fit", **row} for row in rows]
+    rows += [{"direction": "training", **_errors(squares[key])} for key, unit in units.items() if unit.adapter]
+    return rows
+
+
+def _errors(squares: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Both approximation errors (DESIGN section 2) over all examples of some directions at one distance."""
+    total = {key: sum(each[key] for each in squares) for key in ("remainder", "value", "change")}
+    whole = [each["model_distance"] for each in squares]
+    return {
+        "distance": float(np.mean([each["distance"] for each in squares])),
+        "model_distance": None if None in whole else float(np.mean(whole)),
+        "approximation_error": total["remainder"] / total["value"] if total["value"] > 0 else None,
+        "approximation_error_of_change": total["remainder"] / total["change"] if total["change"] > 0 else None,
+    }
 
 
 def _estimate(scores: NDArray[Any], labels: NDArray[Any]) -> Estimate:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from peft import PeftModel
@@ -21,13 +21,21 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ray_ensemble.errors import InputError
-from ray_ensemble.gradients.projection import Projection
 from ray_ensemble.models.adapters import lora_layers, refuse_unsupported
 from ray_ensemble.models.scoring import Batch, label_scores, margins
 
 Kind = Literal["margin", "classes"]  # one gradient an example, or one for each label but the first
 
 BUFFER_BYTES = 64 << 20
+
+
+class LinearMap(Protocol):
+    """What gradients are mapped by: a projection, or anything else that is linear and adds up over parameters."""
+
+    dim: int
+
+    def apply(self, name: str, gradients: Tensor) -> Tensor:
+        """(N, p, q) gradients of the parameter `name` -> its (N, dim) share."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class ProjectionBuffer:
         capacity: bytes of gradients held at most before they are projected.
     """
 
-    def __init__(self, projection: Projection, slots: int, device: torch.device, capacity: int = BUFFER_BYTES) -> None:
+    def __init__(self, projection: LinearMap, slots: int, device: torch.device, capacity: int = BUFFER_BYTES) -> None:
         self._projection = projection
         self._capacity = capacity
         self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -102,7 +110,7 @@ class GradientCollector:
         InputError: the adapter is of a kind whose gradient is not that of plain LoRA.
     """
 
-    def __init__(self, model: PeftModel, projection: Projection, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, model: PeftModel, projection: LinearMap, buffer_bytes: int = BUFFER_BYTES) -> None:
         self._model = model
         self._projection = projection
         self._buffer_bytes = buffer_bytes

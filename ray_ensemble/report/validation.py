@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 _ROWS = (
@@ -15,8 +16,12 @@ _ROWS = (
 )
 
 
-def validation_summary(found: dict[str, Any]) -> Table:
-    """The content of `validation.json` as a table: each measure, and the same of a second seed (the ceiling)."""
+def validation_summary(found: dict[str, Any]) -> Group:
+    """The content of `validation.json` as tables: each measure and the same of a second seed (the ceiling); linearity."""
+    return Group(_errors(found), "", _linearity(found))
+
+
+def _errors(found: dict[str, Any]) -> Table:
     table = Table(
         title=f"Estimate against {found['subsets']} really fine-tuned subsets, {found['points']} (subset, dataset) points",
         caption="errors are relative to the truth and averaged over points; seed to seed: training again with another seed",
@@ -33,6 +38,27 @@ def validation_summary(found: dict[str, Any]) -> Table:
     table.add_column("seed to seed", justify="right")
     for title, key, kind in _ROWS:
         table.add_row(title, _text(found.get(key), kind) + _interval(found, key), _text(ceiling.get(key), kind))
+    return table
+
+
+def _linearity(found: dict[str, Any]) -> Table:
+    table = Table(
+        title="Linearity: margins against their first-order prediction",
+        caption="distance: of the adapter from its start, relative to the start's norm; error: squared remainder over squared "
+        "margins; of change: over their squared changes",
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("along")
+    for title in ("distance", "error", "of change"):
+        table.add_column(title, justify="right")
+    for row in found.get("approximation", ()):
+        errors = (row["approximation_error"], row["approximation_error_of_change"])
+        table.add_row(row["direction"], f"{row['distance']:.3f}", *(_text(error, "%") for error in errors))
     return table
 
 

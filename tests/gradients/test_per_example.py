@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from tiny_gradients import CPU, adapted, batch_of
 
-from ray_ensemble.config import AdapterConfig, LimitsConfig, TaskConfig
 from ray_ensemble.gradients.per_example import GradientCollector
 from ray_ensemble.gradients.projection import Projection
-from ray_ensemble.models import (
-    LabelTree,
-    attach_adapters,
-    draw_initial_adapter,
-    label_scores,
-    load_base,
-    load_tokenizer,
-    make_batch,
-    margins,
-)
-from ray_ensemble.tasks import EncodedTask, encode_task, load_tasks
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def encoded(tiny_model: Path, task_folder: Path) -> dict[str, EncodedTask]:
-    tasks = load_tasks([TaskConfig(source=str(task_folder))], LimitsConfig(), task_folder)
-    tokenizer = load_tokenizer(tiny_model)
-    return {task.name: encode_task(task, tokenizer, 64, False) for task in tasks}
-
-
-def adapted(model_folder: Path, folder: Path, quantization: str = "none", warm: bool = False):
-    draw_initial_adapter(load_base(model_folder, "none", CPU), AdapterConfig(), folder / "init")
-    model = attach_adapters(load_base(model_folder, quantization, CPU), {"default": folder / "init"})
-    if warm:
-        torch.manual_seed(3)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
-def batch_of(task: EncodedTask, indices: range):
-    tree = LabelTree.of(task.label_ids)
-    examples = [task["train"][i] for i in indices]
-    return make_batch(examples, [tree] * len(examples), len(task.labels), 0, CPU)
+from ray_ensemble.models import label_scores, load_base, margins
+from ray_ensemble.tasks import EncodedTask
 
 
 def reference(model, task: EncodedTask, index: int, projection: Projection, value) -> torch.Tensor:
