@@ -117,6 +117,9 @@ class GradientsConfig(Section):
     of each replica over that many actors, for a base that is larger than one device. `projection: kronecker` is cheaper
     for wide adapters and less exact (docs/gradients.md).
 
+    `start: meta` first trains the adapter for `meta_steps` steps on all tasks together (GradEx's meta-initialisation); gradients
+    are taken there, and every adapter of the run starts there.
+
     `targets` says what is differentiated for a training example of K labels: `pairwise` the K − 1 margins against each
     wrong label, `margin` the one margin against all of them, which costs one backward pass whatever K but, with more than two
     labels, loses which of the wrong labels is near.
@@ -128,7 +131,8 @@ class GradientsConfig(Section):
     replicas: Literal["auto"] | Count | ReplicaRange = "auto"
     shards: Count = 1
     threads: Count = 1
-    start: Literal["fresh"] = "fresh"
+    start: Literal["fresh", "meta"] = "fresh"
+    meta_steps: Count = 50
     targets: Literal["pairwise", "margin"] = "pairwise"
     max_examples: Count | None = None
     batch_tokens: Count = 1024

@@ -129,15 +129,34 @@ class Stages:
         from ray_ensemble.gradients import collect_gradients
 
         self.need_ray()
+        warm_up, warm_up_files = self._warm_up() if self._warm else (0.0, [])
         store = self.folder / "gradients"
         done = collect_gradients(self.encoded, self.spec, self.config.gradients, self.base_hashes, store)
         # At a fresh start only B's half of the adapter has a gradient to take and to project.
-        size = self._size(half="lora_B")
+        size = self._size(half=None if self._warm else "lora_B")
         flops = gradient_flops(
             size, done.forward_tokens, done.backward_tokens, done.projected, self.config.gradients.dim
         )
-        files = sorted(p for p in store.rglob("*") if p.is_file())
-        return files, {"flops": flops, "peak_memory_bytes": done.peak_memory_bytes, "examples": done.examples}
+        files = [*warm_up_files, *sorted(p for p in store.rglob("*") if p.is_file())]
+        return files, {"flops": warm_up + flops, "peak_memory_bytes": done.peak_memory_bytes, "examples": done.examples}
+
+    def _warm_up(self) -> tuple[float, list[Path]]:
+        """Train the common starting point on all tasks (GradEx, section 3); its operations and its files."""
+        from ray_ensemble.evaluation import training_flops
+        from ray_ensemble.training import AdapterJob, train_adapters
+
+        job = AdapterJob(
+            "start",
+            tuple(task.name for task in self.encoded),
+            self.config.gradients.meta_steps,
+            self.config.training.seed,
+        )
+        hashes = self._hashes(self._plan["adapter"]["hash"])
+        spec = asdict(self._spec_at(self._init))
+        trained = train_adapters([job], self.encoded, self.config, self.folder.path, spec, hashes)["start"]
+        shutil.rmtree(self._start, ignore_errors=True)
+        shutil.copytree(trained.folder, self._start)
+        return training_flops(self._size(), trained.tokens), sorted(self._start.iterdir())
 
     def search(self) -> Outcome:
         """Affinity of the tasks and the best partition found."""
@@ -340,9 +359,22 @@ class Stages:
     def _init(self) -> Path:
         return self.folder / "init"
 
+    @property
+    def _warm(self) -> bool:
+        return self.config.gradients.start == "meta"
+
+    @property
+    def _start(self) -> Path:
+        """Where θ₀ is: gradients are taken there and every adapter starts there."""
+        return self.folder / "start" if self._warm else self._init
+
     @cached_property
     def base_hashes(self) -> dict[str, str]:
         """Hashes of the base and θ₀, and the quantization: what every cached result depends on."""
+        warm = sha256_file(self._start / "adapter_model.safetensors") if self._warm else None
+        return self._hashes(warm or self._plan["adapter"]["hash"])
+
+    def _hashes(self, adapter: str) -> dict[str, str]:
         from ray_ensemble.models import model_hash
 
         if model_hash(self._model_folder) != self._plan["model"]["hash"]:
@@ -350,19 +382,19 @@ class Stages:
                 f"model.source {self.config.model.source}: the model is not the one that this run began with "
                 "(plan.json has its hash); restore it or choose another --output"
             )
-        return {
-            "model": self._plan["model"]["hash"],
-            "quantization": self._plan["model"]["quantization"],
-            "adapter": self._plan["adapter"]["hash"],
-        }
+        model = self._plan["model"]
+        return {"model": model["hash"], "quantization": model["quantization"], "adapter": adapter}
 
     @cached_property
     def spec(self) -> Any:
         """How a worker loads the base and θ₀."""
+        return self._spec_at(self._start)
+
+    def _spec_at(self, start: Path) -> Any:
         from ray_ensemble.gradients import ReplicaSpec
 
         model = self._plan["model"]
-        return ReplicaSpec(self.config.model.source, model["quantization"], str(self._init), model["pad_id"])
+        return ReplicaSpec(self.config.model.source, model["quantization"], str(start), model["pad_id"])
 
     def _size(self, half: str | None = None) -> Any:
         from ray_ensemble.evaluation import ModelSize

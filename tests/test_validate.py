@@ -62,7 +62,7 @@ def test_again_trains_nothing_and_says_the_same(validated: Path, whole_job: Path
     assert main(["validate", str(whole_job), "-o", str(validated), "--subsets", "3", "--repeats", "1"]) == 0
     assert (validated / "validation.json").read_bytes() == before
     assert {path: path.stat().st_mtime_ns for path in (validated / "trained").rglob("*")} == stamps
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "3 really fine-tuned subsets, 9 (subset, dataset) points" in told
     assert "Spearman" in told
 

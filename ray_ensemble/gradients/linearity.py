@@ -108,7 +108,7 @@ def lora_parameters(model: PeftModel, adapter: str = "default") -> dict[str, tor
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """Euclidean norm of all entries together."""
-    return float(torch.sqrt(torch.stack([t.double().square().sum() for t in tensors.values()]).sum()))
+    return float(torch.sqrt(torch.stack([t.detach().double().square().sum() for t in tensors.values()]).sum()))
 
 
 def lift(model: PeftModel, batches: Sequence[tuple[Batch, Tensor]]) -> Delta:

@@ -8,6 +8,7 @@ ZeRO-3 send weights instead, hundreds of times as many bytes a batch (docs/gradi
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ class ShardedReplica:
             ).remote(spec, config, shard)
             for shard in range(config.shards)
         ]
+        # Batches in the pipeline, of all units together: enough to keep every shard busy, and a bound on its memory.
+        self._room = threading.Semaphore(config.shards + 1)
         self.facts()
 
     def facts(self) -> list[dict[str, int]]:
@@ -139,22 +142,29 @@ class ShardedReplica:
         import ray
         import torch
 
-        at_once = len(self._shards) + 1  # batches of this unit in the pipeline; enough to keep every shard busy
         reference = ray.put(unit)
         scores: list[Wire] = []
         features: list[Wire] = []
         peak = 0
         under_way: deque[tuple[Any, list[Any]]] = deque()
-        for place in range(len(unit.batches) + at_once):
-            if place < len(unit.batches):
-                under_way.append(self._send(reference, place))
-            if under_way and (place >= at_once - 1):
-                score, shares = under_way.popleft()
-                scores.append(ray.get(score))
-                found: list[Share] = ray.get(shares)
-                # Shard by shard, so that the sum does not depend on which came first.
-                features.append(np.add.reduce([share for share, _ in found]))
-                peak = max(peak, *(held for _, held in found))
+
+        def take() -> None:
+            nonlocal peak
+            score, shares = under_way.popleft()
+            scores.append(ray.get(score))
+            found: list[Share] = ray.get(shares)
+            self._room.release()
+            # Shard by shard, so that the sum does not depend on which came first.
+            features.append(np.add.reduce([share for share, _ in found]))
+            peak = max(peak, *(held for _, held in found))
+
+        for place in range(len(unit.batches)):
+            # Two units that each waited for room while they hold some would wait for ever.
+            while not self._room.acquire(blocking=not under_way):
+                take()
+            under_way.append(self._send(reference, place))
+        while under_way:
+            take()
         tokens = sum(batch.tokens for batch in unit.made(0, torch.device("cpu")))
         counts = {"forward_tokens": tokens, "backward_tokens": tokens * unit.targets, "halved_batches": 0}
         return UnitResult.of(unit.kind, _collected(unit, scores, features), counts, peak)

@@ -33,6 +33,7 @@ def test_lifting_is_the_weighted_sum_of_per_example_gradients(model, encoded):
     batch = batch_of(task, range(5))
     shares = torch.rand(5, 3, generator=torch.Generator().manual_seed(1))
     delta = lift(model, [(batch, shares)])
+    assert not any(p.requires_grad for p in lora_parameters(model).values())
     projection = Projection(48, 3)
     ours = sum(projection.apply(name, value[None]) for name, value in delta.items())[0]
     found = GradientCollector(model, projection).collect([batch], "classes").features
@@ -42,7 +43,6 @@ def test_lifting_is_the_weighted_sum_of_per_example_gradients(model, encoded):
         for column, k in enumerate(k for k in range(4) if k != y):
             want += shares[n, column] * (found[n, y] - found[n, k])
     assert torch.linalg.norm(ours - want) < 1e-4 * torch.linalg.norm(want)
-    assert not any(p.requires_grad for p in lora_parameters(model).values())
 
 
 def test_predictions_hold_to_first_order_and_no_further(model, encoded):
