@@ -138,6 +138,7 @@ class Job:
         """
         prepare_environment()
         from ray_ensemble.models import quiet_libraries
+        from ray_ensemble.report import write_validation_plot
         from ray_ensemble.validation import validate
 
         quiet_libraries()
@@ -145,7 +146,13 @@ class Job:
         with folder.lease(), ExitStack() as stack:
             stages = Stages(folder, stack)
             stages.through("gradients")
-            return validate(stages, subsets, repeats)
+            found = validate(stages, subsets, repeats)
+            write_validation_plot(folder.path, found)
+            if folder.finished("report"):
+                # The report carries the last validation.
+                folder.forget_from("report")
+                stages.through("report")
+            return found
 
     def preview(self) -> list[Any]:
         """Rendered prompts and label words of every task as the tokenizer sees them, as rich renderables."""

@@ -81,6 +81,10 @@ class RunFolder:
                 return False
         return True
 
+    def finished(self, stage: str) -> bool:
+        """Whether `stage` ran to its end here, whatever became of its files since."""
+        return self._manifest_path(stage).exists()
+
     def finish(self, stage: str, files: Iterable[Path], facts: dict[str, Any]) -> None:
         """Write the manifest that makes `stage` whole: hashes of its files, and what it cost."""
         listed = {str(file.relative_to(self.path)): sha256_file(file) for file in files}

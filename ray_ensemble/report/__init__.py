@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ray_ensemble.report.terminal import terminal_summary
 from ray_ensemble.report.validation import validation_summary
-from ray_ensemble.report.write import write_report
+from ray_ensemble.report.write import write_report, write_validation_plot
 
-__all__ = ["terminal_summary", "validation_summary", "write_report"]
+__all__ = ["terminal_summary", "validation_summary", "write_report", "write_validation_plot"]

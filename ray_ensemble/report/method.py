@@ -91,22 +91,34 @@ def _known(value: Any) -> str:
     return "–" if value is None else compact(value)
 
 
-def validation(data: RunData) -> Html:
+def validation(data: RunData, plot: Html) -> Html:
     """The errors of the first-order estimate against real fine-tuning, or that they were not measured."""
     title = "Validation of the estimate"
     notes = join(paragraph(line, class_="note") for line in data.notes.get("validation", ()))
-    if data.validation is None:
+    found = data.validation
+    if found is None:
         said = (
             "No validation was run: how far the estimate is off on really fine-tuned subsets is not known for this job."
         )
         return section(title, notes, paragraph(said, class_="note"))
-    leaves = list(_leaves(data.validation))
-    rows = [[key, compact(value), _VALIDATION.get(key.split(".")[-1], "")] for key, value in leaves[:100]]
-    more = [f"{len(leaves) - 100} more values stand in validation.json."] if len(leaves) > 100 else []
-    reading = "Read errors and correlation beside the seed-to-seed figures: no estimate can be better than those."
-    return section(
-        title, table(["", "value", "definition"], rows, text=3), bullets(more) if more else "", paragraph(reading)
-    )
+    ceiling = found.get("seed_to_seed")
+    ceiling = ceiling if isinstance(ceiling, dict) else {}
+    shown = [(key, value) for key, value in _leaves(found) if "." not in key]
+    rows = [
+        [key, compact(value), _known(ceiling.get(key)), _VALIDATION.get(key, "")] for key, value in shown if value != []
+    ]
+    parts: list[object] = [table(["", "estimate", "seed to seed", "definition"], rows, text=3)]
+    parts.append(paragraph("No estimate can be better than what a second seed of the same training gives."))
+    linear = [row for row in found.get("approximation") or [] if isinstance(row, dict)]
+    if linear:
+        keys = ("distance", "model_distance", "approximation_error", "approximation_error_of_change")
+        cells = [[plain(row.get("direction", "–")), *(_known(row.get(key)) for key in keys)] for row in linear]
+        parts += [
+            element("h3", "Linearity"),
+            table(["along", "distance ρ", "of the whole model", "error", "error of change"], cells),
+            bullets([f"{key}: {_VALIDATION[key]}." for key in keys[2:]]),
+        ]
+    return section(title, *parts, plot)
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,7 @@ def page(data: RunData, figures: Figures) -> Html:
         _training(data, figures),
         _weights(data),
         _cost(data, figures),
-        validation(data),
+        validation(data, figures["validation"]),
         definitions(data),
         datasets(data),
         configuration(data),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from ray_ensemble.files import whole_folder, write_text
-from ray_ensemble.report import figures, figures_run
+from ray_ensemble.files import whole_file, whole_folder, write_text
+from ray_ensemble.report import figures, figures_run, figures_validation
 from ray_ensemble.report.load import load_run
 from ray_ensemble.report.markup import Html, figure, paragraph, picture
 from ray_ensemble.report.page import page
@@ -18,7 +19,19 @@ _FIGURES = (
     figures_run.training_curves,
     figures.estimates,
     figures_run.cost_bars,
+    figures_validation.validation_plot,
 )
+
+
+def write_validation_plot(folder: Path, validation: dict[str, Any]) -> Path | None:
+    """Write `plots/validation.png` from the content of a `validation.json`; None where it holds no points."""
+    made = figures_validation.drawing(validation)
+    if isinstance(made, figures.Missing):
+        return None
+    path = folder / "plots" / f"{made.name}.png"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(render(made.draw, LIGHT))
+    return path
 
 
 def write_report(folder: Path) -> Path:
