@@ -2,7 +2,7 @@
 
     python benchmarks/gradients.py --json gradients.json                   # SmolLM2-135M on the quickstart's tasks
     python benchmarks/gradients.py --shape 1b --peak-tflops 989            # random Llama of that shape, bf16 on a GPU
-    python benchmarks/gradients.py --projection-scale --json scale.json    # the projection alone, D = 40 million
+    python benchmarks/gradients.py --projection-scale --json scale.json    # gradients' buffer and projection alone, D = 40 million
 
 What is measured. N training examples of the job's tasks, sorted by length, in batches of 8. Before anything is timed, features
 (or, for bergson, whose random matrices are its own, gradients) of all contenders are compared; if they differ, nothing is
@@ -58,6 +58,7 @@ from peers import CONTENDERS, JOB, MODEL, SHAPES, NotRunError, Run, Setup, bergs
 from torch import Tensor
 
 from ray_ensemble.files import write_json
+from ray_ensemble.gradients.per_example import ProjectionBuffer
 from ray_ensemble.gradients.projection import Projection
 from ray_ensemble.models import default_device, quiet_libraries
 
@@ -342,7 +343,7 @@ def gemm_rate(n: int, k: int, m: int, device: torch.device, clock: str) -> float
 
 
 def project_modules(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Seconds and extra memory of projecting one batch's gradients of D elements, module by module."""
+    """Seconds and extra memory of one batch's gradients of D elements on their way through the buffer, module by module."""
     projection = Projection(args.dim, 0, device)
     sizes = [len(range(i, args.elements, args.modules)) for i in range(args.modules)]
     rates = {
@@ -352,15 +353,18 @@ def project_modules(args: argparse.Namespace, device: torch.device) -> dict[str,
     torch.manual_seed(0)
     gradients = torch.randn(args.batch, max(sizes), device=device)
     projection.apply("warm-up", gradients[:, :4096, None])
-    features = torch.zeros(args.batch, args.dim, device=device)
+    slots = torch.arange(args.batch, device=device)
     taken = 0.0
 
     def work() -> None:
         nonlocal taken
 
         def run() -> None:
+            buffer = ProjectionBuffer(projection, args.batch, device)
             for i, size in enumerate(sizes):
-                features.add_(projection.apply(f"module.{i}", gradients[:, :size, None]))
+                # A copy, as the hooks make a new tensor for every module.
+                buffer.add(f"module.{i}", slots, gradients[:, :size, None].clone())
+            buffer.features()
 
         taken = seconds_of(run, device, args.clock)
 
