@@ -2,7 +2,7 @@
 
     python benchmarks/gradients.py --json gradients.json                   # SmolLM2-135M on the quickstart's tasks
     python benchmarks/gradients.py --shape 1b --peak-tflops 989            # random Llama of that shape, bf16 on a GPU
-    python benchmarks/gradients.py --projection-scale --json scale.json    # gradients' buffer and projection alone, D = 40 million
+    python benchmarks/gradients.py --projection-scale --json scale.json    # gradient buffer and projection, D = 40 million
 
 What is measured. N training examples of the job's tasks, sorted by length, in batches of 8. Before anything is timed, features
 (or, for bergson, whose random matrices are its own, gradients) of all contenders are compared; if they differ, nothing is
