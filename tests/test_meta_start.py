@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ from ray_ensemble.models import (
     make_batch,
     score_loss,
 )
-from ray_ensemble.stages import encode_all
+from ray_ensemble.real_runs import fine_tune
+from ray_ensemble.run_folder import RunFolder
+from ray_ensemble.stages import Stages, encode_all
 from ray_ensemble.tasks import load_tasks
 from ray_ensemble.training.loop import sample_batch
 
@@ -39,7 +42,7 @@ def test_gradients_are_taken_and_adapters_trained_from_the_meta_start(ray_cluste
         training={"epochs": 1, "min_steps": 4, "learning_rate": 5.0e-3, "checkpoint_every": 4},
     )  # fmt: skip
     job = Job.from_yaml(path)
-    folder = job.train(tmp_path / "run").folder
+    folder = job.gradients(tmp_path / "run").folder
     start, drawn = folder / "start", folder / "init"
     trained, fresh = (load_file(at / "adapter_model.safetensors") for at in (start, drawn))
     assert all(not value.any() for name, value in fresh.items() if "lora_B" in name)
@@ -62,7 +65,9 @@ def test_gradients_are_taken_and_adapters_trained_from_the_meta_start(ray_cluste
     found = store["films", "train"].features[:3]
     assert np.abs(found - want).max() < 1e-4 * np.abs(want).max()
 
-    group = json.loads((folder / "partition.json").read_text())["groups"][0]
+    with ExitStack() as stack:
+        (run,) = fine_tune(Stages(RunFolder(folder, config), stack), [((0, 1), 0)])
+    group = list(tasks)[:2]
     pool = [(tasks[name], example) for name in tasks if name in group for example in tasks[name]["train"]]
     losses = []
     for i in sample_batch(0, len(pool), config.training.batch_size, config.training.seed):
@@ -70,7 +75,7 @@ def test_gradients_are_taken_and_adapters_trained_from_the_meta_start(ray_cluste
         one = make_batch([example], [LabelTree.of(member.label_ids)], len(member.labels), 0, torch.device("cpu"))
         with torch.no_grad():
             losses.append(float(score_loss(label_scores(model, one), one.labels)))
-    first = json.loads((folder / "adapters" / "group-0" / "train.jsonl").read_text().splitlines()[0])
+    first = json.loads((run.folder / "train.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
 
     again = job.gradients(tmp_path / "run").folder
