@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from set_partitions import all_partitions
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.estimator import Estimator
@@ -21,20 +22,6 @@ from ray_ensemble.grouping.partitions import (
     random_partition,
     to_labels,
 )
-
-
-def all_partitions(n, m):
-    """Every partition of n tasks into m groups, by restricted growth strings."""
-
-    def grow(labels):
-        if len(labels) == n:
-            if max(labels) + 1 == m:
-                yield from_labels(labels)
-            return
-        for label in range(min(max(labels) + 2, m)):
-            yield from grow([*labels, label])
-
-    yield from grow([0])
 
 
 def exact(n, m, objective):
