@@ -36,11 +36,16 @@ def task_values(
     return np.array([_value(found, metric) for found in estimator.tasks(partition, half)])
 
 
+def group_values(estimator: Estimator, group: Group, metric: Metric) -> NDArray[np.float64]:
+    """The `task_values` of a group's members in the order of their indices, on the search half: (members,) float64."""
+    return np.array([_value(found, metric) for found in estimator.group(group).search])
+
+
 def group_value(estimator: Estimator, metric: Metric) -> Callable[[Group], float]:
     """The function that maps a group to the sum of `task_values` over its members, on the search half."""
 
     def value(group: Group) -> float:
-        return sum(_value(found, metric) for found in estimator.group(group).search)
+        return float(group_values(estimator, group, metric).sum())
 
     return value
 
