@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray_ensemble.files import whole_folder, write_text
+from ray_ensemble.files import whole_file, whole_folder, write_text
 from ray_ensemble.report import figures, figures_run
-from ray_ensemble.report.load import load_run
+from ray_ensemble.report.load import load_run, load_search
 from ray_ensemble.report.markup import Html, figure, paragraph, picture
 from ray_ensemble.report.page import page
 from ray_ensemble.report.theme import DARK, LIGHT, render
@@ -19,6 +19,23 @@ _FIGURES = (
     figures.estimates,
     figures_run.cost_bars,
 )
+
+
+def write_search_plot(folder: Path) -> Path | None:
+    """Draw objective against number of groups into `plots/search.png` as soon as the search is done.
+
+    The report draws it again with all other plots. Returns its path, or None where there is nothing to draw.
+
+    Raises:
+        InputError: `partition.json` is missing or damaged.
+    """
+    made = figures_run.search_plot(load_search(folder))
+    if isinstance(made, figures.Missing):
+        return None
+    path = folder / "plots" / f"{made.name}.png"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(render(made.draw, LIGHT))
+    return path
 
 
 def write_report(folder: Path) -> Path:
