@@ -59,7 +59,7 @@ def search_cases(search: SearchConfig, tasks: int) -> list[dict[str, Any]]:
     for repeat in range(search.trials if several else 1):
         for method in methods:
             tried = counts if repeat == 0 and [method] == told[:1] else several
-            ms = [None] if method in FREE_METHODS else tried
+            ms: list[int | None] = [None] if method in FREE_METHODS else [*tried]
             cases += [{"m": m, "method": method, "seed": search.seed + repeat, "repeat": repeat} for m in ms]
         if len(cases) >= search.trials:
             break
