@@ -6,8 +6,8 @@
 What is measured, on `planted_tasks` of `--train` training and `--validation` validation examples of d = `--dim`:
 
 - scale: the whole search (`run_search`: λ, affinity, trials by Ray Tune, result) of 125, 250 and 500 tasks in ten planted
-  groups, a fresh process each, on `--cpus` CPUs. Seconds without Ray's start; peak memory of any one process (resident set, as the run's own
-  figure) and bytes a task more, between sizes; adjusted Rand index of the partition against the planted groups.
+  groups, a fresh process each, on `--cpus` CPUs. Seconds without Ray's start; peak memory of any one process (resident set, as
+  the run's own figure) and bytes a task more, between sizes; adjusted Rand index of the partition against the planted groups.
 - exact: for each seed ten tasks in three planted groups; all 1,023 groups fitted, the exact optimum over 2 to 5 groups, and
   whether the best of the default trials (without Ray, the same function) is it. Goal: 9 of 10 seeds.
 - tune: 200 trials by Ray Tune on ten tasks: seconds of the whole search, without and with Ray's start. Goal: 60 s.

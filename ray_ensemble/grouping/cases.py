@@ -93,7 +93,7 @@ def run_case(
         start = perturb(start, 1 + len(estimator) // KICK, seed)
     begun = Reassigned(start, 0)
     if len(estimator) > REASSIGN_TASKS:
-        begun = reassign(start, estimator, value, search.objective)
+        begun = reassign(start, estimator, value, search.objective, similarity)
     evaluations = min(EVALUATIONS, EVALUATED_TASKS // len(estimator))
     found = improve(begun.partition, value, seed=seed, guide=similarity, counts=counts, evaluations=evaluations)
     accuracy = np.mean([estimate.accuracy for estimate in estimator.tasks(found.partition, "search")])

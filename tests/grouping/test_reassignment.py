@@ -80,3 +80,17 @@ def test_the_objective_never_rises_and_no_group_is_lost(planted, metric):
         assert len(found.partition) == m
         assert objective(found.partition) <= objective(start)
         assert found == reassign(start, estimator, objective, metric)
+
+
+def test_a_group_in_two_parts_and_two_in_one_are_put_right(planted):
+    tasks, membership = planted
+    estimator = Estimator(tasks, TrainingConfig(min_steps=0), 0.02)
+    # Groups 0 and 1 are one, group 2 is in two parts: no move of single tasks leads out of it.
+    start = from_labels([{0: 0, 1: 0, 2: 1 + task % 8 // 4, 3: 3}[group] for task, group in enumerate(membership)])
+    assert len(start) == 4
+    stuck = reassign(start, estimator, estimator.objective, "loss")
+    assert stuck.partition != from_labels(membership)
+    guide = np.where(np.equal.outer(membership, membership), 1.0, -0.2) * (1 - np.eye(60))
+    found = reassign(start, estimator, estimator.objective, "loss", guide)
+    assert found.partition == from_labels(membership)
+    assert found.flops > stuck.flops
