@@ -67,6 +67,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from ray_ensemble.report import terminal_summary
 
         _print(terminal_summary(result.folder))
+    elif options.verb == "search":
+        from ray_ensemble.report import search_summary
+
+        _print(search_summary(result.folder))
     else:
         print(f"{options.verb}: done, in {result.folder}")
     return 0

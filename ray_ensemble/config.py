@@ -139,21 +139,33 @@ class GradientsConfig(Section):
 
 
 class EstimatorConfig(Section):
-    """The first-order estimate. `regularization: auto` chooses λ on validation data and scales it to each group's steps."""
+    """The first-order estimate. `regularization: auto` chooses λ on validation data and scales it to each group's steps.
+
+    The affinity is estimated on `subsets` subsets of `subset_size` tasks. Up to 50 tasks they cover every pair; above that each
+    task is covered first with its `neighbours` most similar ones, by the cosine of mean training gradients.
+    """
 
     regularization: Literal["auto"] | Fraction = "auto"
     subsets: Count = 50
     subset_size: Count = 3
+    neighbours: Count = 5
     seed: Seed = 0
 
 
 class SearchConfig(Section):
-    """The search over partitions: numbers of groups to try and the number of Ray Tune trials."""
+    """The search over partitions: numbers of groups that are allowed and the number of Ray Tune trials (docs/search.md).
+
+    `methods` give the trials' first partitions: `sdp` and `spectral` for each number of groups, `sdp-penalty` chooses it.
+    `price` is what an adapter costs, in units of the objective: a partition into m groups has mean estimated loss + price · m.
+    `rule: one_standard_error` takes the fewest groups whose objective is within one standard error of the best.
+    """
 
     groups: list[Count] = [2, 3, 4, 5]
     trials: Count = 32
     objective: Literal["loss", "accuracy"] = "loss"
-    methods: list[Literal["sdp", "spectral"]] = ["sdp", "spectral"]
+    methods: list[Literal["sdp", "spectral", "sdp-penalty"]] = ["sdp", "spectral", "sdp-penalty"]
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    rule: Literal["best", "one_standard_error"] = "best"
     seed: Seed = 0
 
     @field_validator("groups", "methods")

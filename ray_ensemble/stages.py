@@ -162,6 +162,7 @@ class Stages:
         """Affinity of the tasks and the best partition found."""
         from ray_ensemble.gradients import GradientStore
         from ray_ensemble.grouping import run_search
+        from ray_ensemble.report import write_search_plot
 
         self.need_ray()
         features = _features(GradientStore.open(self.folder / "gradients"))
@@ -169,6 +170,8 @@ class Stages:
             found = run_search(features, self.config, self.folder.path, progress=bar.reach)
         for group in found.groups:
             console.print(f"  group: {', '.join(group)}", markup=False)
+        # Not among the stage's files: the report draws all plots anew.
+        write_search_plot(self.folder.path)
         files = [self.folder / "affinity.json", self.folder / "partition.json", self.folder / "search" / "trials.csv"]
         return files, {"flops": found.flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
 

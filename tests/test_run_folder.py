@@ -36,6 +36,8 @@ def finish_all(folder: RunFolder) -> None:
         ({"gradients": {"seed": 1}}, "gradients"),
         ({"gradients": {"dim": 100}}, "gradients"),
         ({"estimator": {"subsets": 9}}, "search"),
+        ({"search": {"price": 0.1}}, "search"),
+        ({"search": {"rule": "one_standard_error"}}, "search"),
         ({"training": {"min_steps": 3}}, "search"),
         ({"training": {"learning_rate": 0.1}}, "train"),
         ({"ensemble": {"weights": "uniform"}}, "ensemble"),

@@ -132,6 +132,19 @@ def test_damaged_gradients_are_named_and_only_they_are_recomputed(run_copy, caps
     assert {p: p.stat().st_mtime_ns for p in others} == others
 
 
+def test_search_leaves_its_plot_and_tells_what_it_found(run_copy, capsys):
+    shutil.rmtree(run_copy / "plots")
+    command = ["search", str(run_copy / "config.yaml"), "--output", str(run_copy), "--redo", "--set"]
+    assert main([*command, "search.trials=4"]) == 0
+    assert [path.name for path in (run_copy / "plots").iterdir()] == ["search.png"]
+    shown = capsys.readouterr().out
+    partition = json.loads((run_copy / "partition.json").read_text())
+    for row in partition["by_m"]:
+        assert f"{row['search_objective']:.4f}" in shown
+        assert f"{row['objective']:.4f}" in shown
+    assert f"*{partition['m']}" in shown
+
+
 def test_redo_trains_nothing_that_is_known(run_copy):
     """After another search the groups that were trained before come from the cache, and only others are trained."""
     run = run_copy

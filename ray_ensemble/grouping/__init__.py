@@ -1,8 +1,12 @@
 """Which tasks to train together: partitions, clustering and the search over them.
 
 - `partitions`: partitions, their neighbours and the local search (no Ray)
+- `objective`: what a partition is judged by, and the paired comparison of two (no Ray)
+- `exact`: the exact optimum for few tasks, the search's yardstick (no Ray)
 - `clustering`: first partitions from an affinity, by semidefinite relaxation or spectrally (no Ray)
+- `reassignment`: batches of moves for many tasks (no Ray)
 - `cases`: the trials of a search, and one trial as a pure function (no Ray)
+- `harm`: tasks that every group is better without (no Ray)
 - `fitlog`: fits on disk, for a search that goes on after a stop (no Ray)
 - `result`: what a search found (no Ray)
 - `search`: Ray Tune over the number of groups, seeds and methods

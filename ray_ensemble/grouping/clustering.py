@@ -1,12 +1,14 @@
 """First partitions from an affinity: semidefinite relaxation (Li et al. 2025, section 3.3) and spectral clustering.
 
-Both take a symmetric (n, n) matrix with zero diagonal, positive where tasks help each other (`Affinity.symmetric`),
-and return exactly m non-empty groups.
+All take a symmetric (n, n) matrix with zero diagonal, positive where tasks help each other (`Affinity.symmetric`). With m
+given they return exactly m non-empty groups. `cluster_sdp_penalty` chooses m: the trace of the relaxation's X, which for a
+partition is its number of groups, is penalised there instead of fixed.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Collection
 from functools import lru_cache
 
 import numpy as np
@@ -14,13 +16,12 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans, SpectralClustering
 
 from ray_ensemble.errors import InputError, RunError
-from ray_ensemble.grouping.partitions import Partition, from_labels
-
-Matrix = NDArray[np.float64]
+from ray_ensemble.grouping.partitions import Matrix, Partition, from_labels
 
 INTERIOR_POINT_TASKS = 30  # the interior-point solver takes seconds above this; the first-order one stays fast
 SDP_TASKS = 120  # above this the relaxation takes minutes, and the local search does the work anyway
 RESTARTS = 10
+PENALTIES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # μ as parts of the penalty at which all tasks are in one group
 
 
 def cluster_sdp(affinity: Matrix, m: int, seed: int, restarts: int = RESTARTS) -> Partition:
@@ -53,25 +54,77 @@ def cluster_spectral(affinity: Matrix, m: int, seed: int, restarts: int = RESTAR
     return _repair(labels, affinity, m)
 
 
+def cluster_sdp_penalty(
+    affinity: Matrix,
+    counts: Collection[int],
+    seed: int,
+    objective: Callable[[Partition], float],
+    restarts: int = RESTARTS,
+) -> Partition:
+    """The trace-penalised relaxation, which chooses the number of groups, at several penalties μ; the best by `objective`.
+
+    With every task alone the density is zero, and it grows as long as groups are joined whose tasks help each other, so μ = 0
+    is the neutral penalty. From μ = `largest_penalty` on the solution is one group of everything. μ goes through six values
+    between; m is the trace of the solution rounded to the nearest of `counts` (the fewer of two), the partition is rounded as
+    by `cluster_sdp`. Errors as for `cluster_sdp`; no counts are a `ValueError`.
+    """
+    if not counts:
+        raise ValueError("no number of groups is allowed")
+    for m in counts:
+        _trivial(affinity, m)
+    if len(affinity) == 1:
+        return ((0,),)
+    found: dict[Partition, None] = {}
+    for part in PENALTIES:
+        solution = penalised_relaxation(affinity, part * largest_penalty(affinity))
+        m = _nearest(float(np.trace(solution)), counts)
+        found[_trivial(affinity, m) or _round(solution, m, seed, restarts)] = None
+    return min(found, key=lambda partition: (round(objective(partition), 9), partition))
+
+
+def _nearest(trace: float, counts: Collection[int]) -> int:
+    return min(counts, key=lambda count: (abs(count - trace), count))
+
+
 def relaxation(affinity: Matrix, m: int) -> Matrix:
     """Solve max ⟨T, X⟩ over X ⪰ 0, X ≥ 0, Xe = e, trace X = m.
 
     A partition with indicators v_g is X = Σ_g v_g v_gᵀ/|g|. Returns X (n, n). A solver that fails is a `RunError`.
     """
-    matrix = np.ascontiguousarray(affinity, dtype=np.float64)
-    return _solve(matrix.tobytes(), len(matrix), m)
+    return _solve(np.ascontiguousarray(affinity, dtype=np.float64).tobytes(), len(affinity), groups=m)
+
+
+def penalised_relaxation(affinity: Matrix, penalty: float) -> Matrix:
+    """Solve max ⟨T, X⟩ − μ·trace X over X ⪰ 0, X ≥ 0, Xe = e; μ is `penalty`, in units of T.
+
+    The trace, between 1 and n, is the number of groups where X is a partition. Returns and errors as for `relaxation`.
+    """
+    return _solve(np.ascontiguousarray(affinity, dtype=np.float64).tobytes(), len(affinity), penalty=penalty)
+
+
+def largest_penalty(affinity: Matrix) -> float:
+    """The μ from which on the penalised relaxation puts all tasks into one group; 0 or more.
+
+    X = eeᵀ/n + Y with Y ⪰ 0 and Ye = 0, so that no Y pays as soon as μ is the largest eigenvalue of T on the complement of e.
+    """
+    n = len(affinity)
+    centre = np.eye(n) - 1.0 / n
+    return max(float(np.linalg.eigvalsh(centre @ affinity @ centre)[-1]), 0.0)
 
 
 @lru_cache(maxsize=64)
-def _solve(matrix: bytes, n: int, m: int) -> Matrix:
+def _solve(matrix: bytes, n: int, groups: int | None = None, penalty: float = 0.0) -> Matrix:
     import cvxpy
 
     values = np.frombuffer(matrix).reshape(n, n)
     variable = cvxpy.Variable((n, n), PSD=True)
-    constraints = [variable >= 0, cvxpy.sum(variable, axis=1) == 1, cvxpy.trace(variable) == m]
+    constraints = [variable >= 0, cvxpy.sum(variable, axis=1) == 1]
+    if groups is not None:
+        constraints.append(cvxpy.trace(variable) == groups)
     # Affinities are differences of losses, often of 1e-3: scaled, or the solver's absolute tolerances decide.
     scale = np.abs(values).max() or 1.0
-    problem = cvxpy.Problem(cvxpy.Maximize(cvxpy.sum(cvxpy.multiply(values / scale, variable))), constraints)
+    scaled = (values - penalty * np.eye(n)) / scale
+    problem = cvxpy.Problem(cvxpy.Maximize(cvxpy.sum(cvxpy.multiply(scaled, variable))), constraints)
     first_order = (cvxpy.SCS, {"eps": 1e-4, "max_iters": 5000})
     solvers = [first_order] if n > INTERIOR_POINT_TASKS else [(cvxpy.CLARABEL, {}), first_order]
     outcomes = []
@@ -88,7 +141,8 @@ def _solve(matrix: bytes, n: int, m: int) -> Matrix:
             solution.flags.writeable = False
             return solution
         outcomes.append(f"{solver}: {problem.status}")
-    raise RunError(f"the semidefinite relaxation for {m} groups of {n} tasks was not solved ({'; '.join(outcomes)})")
+    which = "with penalised trace" if groups is None else f"for {groups} groups"
+    raise RunError(f"the semidefinite relaxation {which} of {n} tasks was not solved ({'; '.join(outcomes)})")
 
 
 def _trivial(affinity: Matrix, m: int) -> Partition | None:

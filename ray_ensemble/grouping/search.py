@@ -25,11 +25,11 @@ from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from ray_ensemble.config import JobConfig, TrainingConfig
+from ray_ensemble.config import JobConfig, SearchConfig, TrainingConfig
 from ray_ensemble.errors import RunError
-from ray_ensemble.estimator.affinity import affinity, sample_subsets
+from ray_ensemble.estimator.affinity import COVER_TASKS, affinity, gradient_similarity, job_subsets
 from ray_ensemble.estimator.budget import choose_regularization
-from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate, Metric
+from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate
 from ray_ensemble.estimator.features import TaskFeatures
 from ray_ensemble.files import write_json, write_text
 from ray_ensemble.grouping.cases import run_case, search_cases
@@ -47,6 +47,7 @@ COLUMNS = [
     "start_objective",
     "seconds",
     "fits",
+    "reassignment_flops",
     "peak_memory_bytes",
     "partition",
 ]
@@ -60,7 +61,7 @@ class _Inputs:
     features: tuple[TaskFeatures, ...]
     training: TrainingConfig
     regularization: float
-    metric: Metric
+    search: SearchConfig
     similarity: NDArray[np.float64]
 
 
@@ -132,7 +133,7 @@ class _Trial(tune.Trainable):  # type: ignore[misc]
         started, fits = time.perf_counter(), self._estimator.fits
         self._cache.pull()
         with threadpool_limits(limits=1):
-            result = run_case(self._case, self._estimator, self._inputs.similarity, self._inputs.metric)
+            result = run_case(self._case, self._estimator, self._inputs.similarity, self._inputs.search)
         self._cache.pull()
         seconds = time.perf_counter() - started
         spent = {"seconds": seconds, "fits": self._estimator.fits - fits, "peak_memory_bytes": _peak_memory_bytes()}
@@ -161,21 +162,23 @@ def run_search(
         if fits.reference is None:
             shutil.rmtree(path, ignore_errors=True)
         seed, metric = config.estimator.seed, config.search.objective
-        subsets = sample_subsets(len(features), config.estimator.subsets, config.estimator.subset_size, seed)
+        subsets = job_subsets(features, config.estimator)
         reference = fits.reference or _reference(features, config, subsets)
         fits.start(reference)
         cache: MutableMapping[Group, GroupEstimate] = dict(fits.known)
         estimator = Estimator(features, config.training, reference.regularization, cache)
-        similarity = affinity(estimator, subsets, metric, seed)
+        nearness = gradient_similarity(features) if len(features) > COVER_TASKS else None
+        similarity = affinity(estimator, subsets, metric, seed, nearness)
         write_json(folder / "affinity.json", similarity.to_json())
         for references in ([range(len(features))], [[task] for task in range(len(features))]):
             estimator.objective(references)  # everything together, and each alone, are told beside the result
         fits.add(cache.values())
 
-        inputs = _Inputs(estimator.features, config.training, reference.regularization, metric, similarity.symmetric())
+        view = similarity.symmetric()
+        inputs = _Inputs(estimator.features, config.training, reference.regularization, config.search, view)
         table = _run_trials(inputs, cases, path, fits, progress=progress, concurrency=concurrency)
         cache.update(fits.known)
-        result = best_result(table, estimator, similarity, fits)
+        result = best_result(table, estimator, similarity, fits, config.search)
         write_json(folder / "partition.json", result.to_json())
         peak = max(_peak_memory_bytes(), *(int(row["peak_memory_bytes"]) for row in table))
         return replace(result, seconds=time.perf_counter() - started, peak_memory_bytes=peak)
@@ -187,8 +190,7 @@ def _peak_memory_bytes() -> int:
 
 def job_estimator(features: Sequence[TaskFeatures], config: JobConfig) -> Estimator:
     """The estimator that a search of this job uses, with its λ_ref, and nothing fitted yet."""
-    settings = config.estimator
-    subsets = sample_subsets(len(features), settings.subsets, settings.subset_size, settings.seed)
+    subsets = job_subsets(features, config.estimator)
     with threadpool_limits(limits=1):
         return Estimator(features, config.training, _reference(features, config, subsets).regularization)
 
@@ -293,7 +295,8 @@ def _tuner(shared: Any, cases: list[dict[str, Any]], experiment: str, concurrenc
 
 def _trial_name(trial: Any) -> str:
     case = trial.config["case"]
-    return f"{case['m']:03d}-{case['method']}-{case['seed']}"
+    groups = "free" if case["m"] is None else f"{case['m']:03d}"
+    return f"{groups}-{case['method']}-{case['seed']}"
 
 
 @contextmanager

@@ -21,16 +21,16 @@ from ray_ensemble.report.facts import (
     share,
 )
 from ray_ensemble.report.figures import Drawing, Missing
-from ray_ensemble.report.load import Curve, RunData
+from ray_ensemble.report.load import Curve, RunData, SearchData
 from ray_ensemble.report.theme import WIDTH, Theme, name
 
 SMOOTHING = 20  # the window of a curve is its length divided by this
 MARKERS = "osD^vP*X"
 
 
-def search_plot(data: RunData) -> Drawing | Missing:
+def search_plot(data: RunData | SearchData) -> Drawing | Missing:
     """Objective of every trial against the number of groups, or best, mean and spread by m where no trials are kept."""
-    by_m = [row for row in data.partition.get("by_m") or [] if isinstance(row, dict) and "m" in row and "best" in row]
+    by_m = rows_by_m(data.partition)
     if not data.trials and not by_m:
         return Missing("search", "There are no trials and partition.json has no summary by m, so no plot against m.")
     if data.trials:
@@ -39,11 +39,23 @@ def search_plot(data: RunData) -> Drawing | Missing:
         )
     else:
         what = "the line joins the best at each m, the grey band is the mean ± one standard deviation over trials"
-    caption = f"Objective of the search (lower is better) against the number of groups m: {what}; the ring is what was chosen."
+    bars = ""
+    if any(row.get("standard_error") for row in by_m):
+        bars = "; a bar is one standard error of the difference to the best of all, paired over datasets"
+    caption = (
+        f"Objective of the search (lower is better) against the number of groups m: {what}{bars}; "
+        "the ring is what was chosen."
+    )
     return Drawing("search", caption, partial(_draw_search, data, by_m))
 
 
-def _draw_search(data: RunData, by_m: list[dict[str, Any]], theme: Theme) -> Figure:
+def rows_by_m(partition: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `by_m` in partition.json that have a number of groups and its best objective, by m."""
+    rows = [row for row in partition.get("by_m") or [] if isinstance(row, dict)]
+    return sorted((row for row in rows if {"m", "search_objective"} <= row.keys()), key=lambda row: int(row["m"]))
+
+
+def _draw_search(data: RunData | SearchData, by_m: list[dict[str, Any]], theme: Theme) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.add_subplot()
     if data.trials:
@@ -51,10 +63,9 @@ def _draw_search(data: RunData, by_m: list[dict[str, Any]], theme: Theme) -> Fig
         at = {m: [trial.objective for trial in data.trials if trial.m == m] for m in groups}
         best, mean, spread = ([f(at[m]) for m in groups] for f in (min, fmean, pstdev))
     else:
-        rows = sorted(by_m, key=lambda row: int(row["m"]))
-        groups, best = [int(row["m"]) for row in rows], [float(row["best"]) for row in rows]
-        mean = [float(row.get("mean", row["best"])) for row in rows]
-        spread = [float(row.get("std") or 0.0) for row in rows]
+        groups, best = [int(row["m"]) for row in by_m], [float(row["search_objective"]) for row in by_m]
+        mean = [float(row.get("mean", row["search_objective"])) for row in by_m]
+        spread = [float(row.get("std") or 0.0) for row in by_m]
     low, high = np.subtract(mean, spread), np.add(mean, spread)
     if len(groups) > 1:
         axes.fill_between(groups, low, high, color=theme.base, alpha=0.25, linewidth=0)
@@ -62,6 +73,10 @@ def _draw_search(data: RunData, by_m: list[dict[str, Any]], theme: Theme) -> Fig
     else:
         axes.errorbar(groups, mean, yerr=spread, color=theme.base, capsize=4)
     axes.plot(groups, best, color=theme.ink, linewidth=1.2, zorder=2)
+    errors = {int(row["m"]): float(row.get("standard_error") or 0.0) for row in by_m}
+    if any(errors.values()):
+        bars = [errors.get(m, 0.0) for m in groups]
+        axes.errorbar(groups, best, yerr=bars, fmt="none", ecolor=theme.ink, elinewidth=1.0, capsize=3, zorder=2)
     methods = sorted({trial.method for trial in data.trials})
     for index, method in enumerate(methods):
         shift = (index - (len(methods) - 1) / 2) * 0.08
@@ -70,7 +85,7 @@ def _draw_search(data: RunData, by_m: list[dict[str, Any]], theme: Theme) -> Fig
         marker, color = MARKERS[index % len(MARKERS)], theme.group(index)
         axes.scatter(across, up, s=26, marker=marker, color=color, alpha=0.8, label=name(method), zorder=3)
     chosen = data.partition.get("search_objective", data.partition.get("objective"))
-    m = int(data.partition.get("m", len(data.groups)))
+    m = int(data.partition.get("m", len(data.partition["groups"])))
     if isinstance(chosen, int | float):
         axes.scatter(
             [m], [chosen], s=150, facecolors="none", edgecolors=theme.ink, linewidths=1.8, label="chosen", zorder=4
@@ -78,7 +93,8 @@ def _draw_search(data: RunData, by_m: list[dict[str, Any]], theme: Theme) -> Fig
     axes.set_xticks(groups)
     axes.set_xlabel("number of groups m")
     accuracy = data.partition.get("metric") == "accuracy"
-    axes.set_ylabel("1 − estimated accuracy" if accuracy else "estimated loss (nats)")
+    price = " + price · m" if data.partition.get("price") else ""
+    axes.set_ylabel(("1 − estimated accuracy" if accuracy else "estimated loss (nats)") + price)
     axes.grid(axis="y")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     return figure

@@ -48,6 +48,15 @@ class Curve:
     losses: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class SearchData:
+    """What the search left: `partition.json`, and its trials, empty where they were not kept (then `notes` say why)."""
+
+    partition: Data
+    trials: tuple[Trial, ...]
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class RunData:
     """A finished run. Tasks are in the order of their groups; `affinity` (n, n) and its errors follow that order.
@@ -96,6 +105,17 @@ class RunData:
     def variants(self) -> list[str]:
         """The variants of `VARIANTS` that were measured on at least one task, in that order."""
         return [name for name in VARIANTS if any(self.measured(task, name) for task in self.order)]
+
+
+def load_search(folder: Path) -> SearchData:
+    """Read what a search wrote, before or after the rest of the run.
+
+    Raises:
+        InputError: `partition.json` is missing or damaged.
+    """
+    notes: dict[str, list[str]] = {}
+    partition = _mapping(folder / "partition.json", "partition", "groups", list)
+    return SearchData(partition, _trials(folder, notes), tuple(notes["search"]))
 
 
 def load_run(folder: Path) -> RunData:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_ensemble.files import whole_file, whole_folder, write_text
 from ray_ensemble.report import figures, figures_run, figures_validation
-from ray_ensemble.report.load import load_run
+from ray_ensemble.report.load import load_run, load_search
 from ray_ensemble.report.markup import Html, figure, paragraph, picture
 from ray_ensemble.report.page import page
 from ray_ensemble.report.theme import DARK, LIGHT, render
@@ -23,9 +23,23 @@ _FIGURES = (
 )
 
 
+def write_search_plot(folder: Path) -> Path | None:
+    """Draw objective against number of groups into `plots/search.png` as soon as the search is done.
+
+    The report draws it again with all other plots. Returns its path, or None where there is nothing to draw.
+
+    Raises:
+        InputError: `partition.json` is missing or damaged.
+    """
+    return _write_plot(folder, figures_run.search_plot(load_search(folder)))
+
+
 def write_validation_plot(folder: Path, validation: dict[str, Any]) -> Path | None:
     """Write `plots/validation.png` from the content of a `validation.json`; None where it holds no points."""
-    made = figures_validation.drawing(validation)
+    return _write_plot(folder, figures_validation.drawing(validation))
+
+
+def _write_plot(folder: Path, made: figures.Drawing | figures.Missing) -> Path | None:
     if isinstance(made, figures.Missing):
         return None
     path = folder / "plots" / f"{made.name}.png"

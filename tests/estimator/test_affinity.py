@@ -11,9 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ensemble.config import TrainingConfig
+from ray_ensemble.config import EstimatorConfig, TrainingConfig
 from ray_ensemble.estimator import Estimator, sample_subsets
-from ray_ensemble.estimator.affinity import SUBSETS_PER_TASK, affinity
+from ray_ensemble.estimator.affinity import (
+    SUBSETS_PER_TASK,
+    affinity,
+    gradient_similarity,
+    job_subsets,
+    nearest_pairs,
+)
 from ray_ensemble.estimator.planted import planted_tasks
 
 
@@ -47,6 +53,69 @@ def test_fifty_tasks_are_covered_and_more_are_each_held_often():
     held = np.bincount(np.concatenate(sample_subsets(80, 50, 3, 0)), minlength=80)
     assert held.mean() >= SUBSETS_PER_TASK
     assert held.min() >= SUBSETS_PER_TASK - 2
+
+
+def some_similarity(n, seed):
+    drawn = np.random.default_rng(seed).normal(size=(n, n))
+    return drawn + drawn.T
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(51, 90), neighbours=st.integers(1, 6), size=st.integers(2, 5), seed=st.integers(0, 5))
+def test_above_fifty_tasks_the_most_similar_pairs_are_covered_first(n, neighbours, size, seed):
+    first = nearest_pairs(some_similarity(n, seed), neighbours)
+    wanted = {pair for pair in combinations(range(n), 2) if first[pair]}
+    subsets = sample_subsets(n, 10, size, seed, first)
+    assert len(set(subsets)) == len(subsets) == max(10, math.ceil(SUBSETS_PER_TASK * n / size))
+    assert {len(subset) for subset in subsets} == {size}
+    done = 0
+    while done < len(subsets) and wanted:  # greedy: as long as some are not covered, every subset covers one
+        before = len(wanted)
+        wanted -= pairs([subsets[done]])
+        assert len(wanted) < before
+        done += 1
+    assert not wanted or done == len(subsets)
+    assert subsets == sample_subsets(n, 10, size, seed, first)
+
+
+@given(n=st.integers(2, 12), neighbours=st.integers(1, 12), seed=st.integers(0, 20))
+def test_nearest_pairs_are_each_tasks_most_similar_others(n, neighbours, seed):
+    similarity = some_similarity(n, seed)
+    expected = np.zeros((n, n), dtype=bool)
+    for task in range(n):
+        order = sorted((j for j in range(n) if j != task), key=lambda j: -similarity[task, j])
+        expected[task, order[:neighbours]] = expected[order[:neighbours], task] = True
+    np.testing.assert_array_equal(nearest_pairs(similarity, neighbours), expected)
+
+
+def test_gradient_similarity_is_the_cosine_of_mean_gradients():
+    tasks, membership = planted_tasks(9, 3, train=200, validation=4, dim=20, signal=4.0, seed=2)
+    tasks[3] = type(tasks[3])(**{**vars(tasks[3]), "train_features": tasks[3].train_features * 7})
+    tasks[4] = type(tasks[4])(**{**vars(tasks[4]), "train_features": tasks[4].train_features * 0})
+    found = gradient_similarity(tasks)
+    for i, j in combinations([t for t in range(9) if t != 4], 2):
+        a, b = (tasks[t].train_features.astype(float).mean(axis=0) for t in (i, j))
+        assert found[i, j] == found[j, i] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert np.all(found[4] == 0)
+    together = np.equal.outer(membership, membership) & ~np.eye(9, dtype=bool)
+    together[4] = together[:, 4] = False
+    apart = ~np.equal.outer(membership, membership)
+    apart[4] = apart[:, 4] = False
+    assert found[together].min() > found[apart].max()
+
+
+def test_a_job_of_few_tasks_draws_as_before_and_one_of_many_by_similarity():
+    few, _ = planted_tasks(6, 2, train=5, validation=4, dim=5)
+    assert job_subsets(few, EstimatorConfig(subsets=9)) == sample_subsets(6, 9, 3, 0)
+    many, membership = planted_tasks(60, 4, train=60, validation=4, dim=12, signal=3.0)
+    subsets = job_subsets(many, EstimatorConfig(neighbours=3))
+    wanted = nearest_pairs(gradient_similarity(many), 3)
+    assert {pair for pair in combinations(range(60), 2) if wanted[pair]} <= pairs(subsets)
+
+    def mixed(drawn):
+        return np.mean([membership[i] != membership[j] for subset in drawn for i, j in combinations(subset, 2)])
+
+    assert mixed(subsets[:60]) < 0.5 * mixed(sample_subsets(60, 50, 3, 0)[:60])
 
 
 def test_nothing_to_draw_is_refused():
@@ -87,6 +156,25 @@ def test_a_pair_never_sampled_is_neutral(estimator):
         affinity(estimator, [])
 
 
+def test_pairs_never_sampled_follow_gradient_similarity(estimator):
+    """Where T is linear in the similarity within each row, what was not sampled is predicted exactly."""
+    subsets = [(0, 1, 2), (3, 4, 5), (0, 6, 1), (2, 3, 6), (0, 4, 5)]
+    bare = affinity(estimator, subsets)
+    sampled = np.eye(7, dtype=bool)
+    for subset in subsets:
+        sampled[np.ix_(subset, subset)] = True
+    known = sampled & ~np.eye(7, dtype=bool)
+    # With the found values themselves as similarity the slope is 1 (where a row has one known pair it adds nothing).
+    similarity = np.where(known, bare.values, 0.0)
+    similarity[3, 1] = 5.0
+    found = affinity(estimator, subsets, similarity=similarity)
+    np.testing.assert_array_equal(found.values[sampled], bare.values[sampled])
+    assert found.values[3, 1] == pytest.approx(5.0)
+    against = affinity(estimator, subsets, similarity=-similarity)
+    assert against.values[3, 1] == pytest.approx(bare.values[3, known[3]].mean())
+    assert np.isnan(found.standard_errors[3, 1])
+
+
 def test_symmetric_view_ignores_the_level_of_each_task(estimator):
     found = affinity(estimator, sample_subsets(7, 20, 3, 0))
     view = found.symmetric()
@@ -121,5 +209,8 @@ def test_json_has_the_contract_keys_and_no_nan(estimator):
     found = affinity(estimator, [(0, 1, 2), (3, 4, 5), (0, 6, 1)], seed=9).to_json()
     assert found["tasks"] == [f"task-{index}" for index in range(7)]
     assert (found["subsets"], found["subset_size"], found["seed"]) == (3, 3, 9)
+    np.testing.assert_array_equal(
+        found["symmetric"], affinity(estimator, [(0, 1, 2), (3, 4, 5), (0, 6, 1)]).symmetric()
+    )
     assert found["members"][1] == ["task-3", "task-4", "task-5"]
     json.dumps(found, allow_nan=False)

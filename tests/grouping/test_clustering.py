@@ -10,7 +10,14 @@ from ray_ensemble.errors import InputError
 from ray_ensemble.estimator import Estimator, sample_subsets
 from ray_ensemble.estimator.affinity import affinity
 from ray_ensemble.estimator.planted import planted_tasks
-from ray_ensemble.grouping.clustering import cluster_sdp, cluster_spectral, relaxation
+from ray_ensemble.grouping.clustering import (
+    cluster_sdp,
+    cluster_sdp_penalty,
+    cluster_spectral,
+    largest_penalty,
+    penalised_relaxation,
+    relaxation,
+)
 from ray_ensemble.grouping.partitions import from_labels, improve, random_partition
 
 METHODS = pytest.mark.parametrize("cluster", [cluster_sdp, cluster_spectral])
@@ -73,6 +80,58 @@ def test_relaxation_is_solved_once_per_m():
     matrix = blocks([0, 0, 1, 1])
     assert relaxation(matrix, 2) is relaxation(matrix.copy(), 2)
     assert relaxation(matrix, 2) is not relaxation(matrix, 3)
+
+
+def density(partition, matrix):
+    return sum(matrix[np.ix_(group, group)].sum() / len(group) for group in partition)
+
+
+def test_penalised_relaxation_is_feasible_and_bounds_every_partition_of_any_m():
+    matrix = blocks([0, 0, 0, 1, 1, 2, 2, 2], noise=1.0)
+    for penalty in (-0.5, 0.0, 0.3, 2.0):
+        solution = penalised_relaxation(matrix, penalty)
+        np.testing.assert_allclose(solution.sum(axis=1), 1, atol=1e-5)
+        assert solution.min() > -1e-6
+        assert np.linalg.eigvalsh(solution).min() > -1e-6
+        bound = (matrix * solution).sum() - penalty * np.trace(solution) + 1e-5
+        for seed in range(40):
+            partition = random_partition(8, 1 + seed % 8, seed)
+            assert density(partition, matrix) - penalty * len(partition) <= bound
+
+
+def test_the_trace_falls_with_the_penalty_down_to_one_at_the_largest():
+    matrix = blocks([0, 0, 0, 1, 1, 2, 2, 2], noise=0.5)
+    top = largest_penalty(matrix)
+    traces = [np.trace(penalised_relaxation(matrix, part * top)) for part in (0.0, 0.2, 0.5, 0.8, 0.95, 1.05, 1.5)]
+    assert all(later <= earlier + 1e-4 for earlier, later in zip(traces, traces[1:], strict=False))
+    assert traces[-3] > 1.001
+    np.testing.assert_allclose(traces[-2:], 1, atol=1e-3)
+    assert largest_penalty(np.zeros((4, 4))) == 0
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2, 0, 1, 2, 0], [0] * 7, list(range(5))])
+def test_the_penalised_relaxation_finds_the_blocks_and_their_number(labels):
+    """No objective tells: the density itself, which zero for a task alone makes comparable between numbers of groups."""
+    matrix = blocks(labels, 0.2)
+    found = cluster_sdp_penalty(matrix, range(1, len(labels) + 1), 0, lambda partition: -density(partition, matrix))
+    assert found == from_labels(labels)
+
+
+def test_the_number_of_groups_is_one_of_those_allowed_and_the_objective_decides():
+    matrix = blocks([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    seen = []
+
+    def watched(partition):
+        seen.append(len(partition))
+        return -len(partition)
+
+    assert len(cluster_sdp_penalty(matrix, [2, 5], 0, watched)) == max(seen)
+    assert set(seen) <= {2, 5}
+    assert cluster_sdp_penalty(np.zeros((1, 1)), [1], 0, len) == ((0,),)
+    with pytest.raises(InputError, match="more groups than tasks: 10 groups of 9 tasks"):
+        cluster_sdp_penalty(matrix, [2, 10], 0, len)
+    with pytest.raises(ValueError, match="no number of groups"):
+        cluster_sdp_penalty(matrix, [], 0, len)
 
 
 @METHODS

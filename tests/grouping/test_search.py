@@ -34,6 +34,9 @@ def job(**search) -> JobConfig:
     )
 
 
+CHANGES = ({"seed": 1}, {"price": 0.1}, {"rule": "one_standard_error"}, {"methods": ["sdp"]})
+
+
 @pytest.fixture(scope="module")
 def planted():
     return planted_tasks(9, 3, train=60, validation=200, dim=40, seed=0)
@@ -44,16 +47,19 @@ def test_trials_are_distinct_and_every_m_and_method_has_one():
         cases = search_cases(SearchConfig(groups=[2, 3, 4, 3], trials=trials), 10)
         assert len(cases) == trials
         assert len({(case["m"], case["method"], case["seed"]) for case in cases}) == trials
-    first = search_cases(SearchConfig(groups=[2, 3, 4], trials=6), 10)
-    assert {(case["m"], case["method"]) for case in first} == {
-        (m, way) for m in (2, 3, 4) for way in ("sdp", "spectral")
-    }
+    first = search_cases(SearchConfig(groups=[2, 3, 4], trials=7), 10)
+    told = {(m, way) for m in (2, 3, 4) for way in ("sdp", "spectral")}
+    assert {(case["m"], case["method"]) for case in first} == told | {(None, "sdp-penalty")}
 
 
 def test_one_group_and_one_each_are_tried_once():
     cases = search_cases(SearchConfig(groups=[1, 2, 5], trials=20), 5)
     assert [case["m"] for case in cases].count(1) == [case["m"] for case in cases].count(5) == 1
     assert len(search_cases(SearchConfig(groups=[1, 5], trials=20), 5)) == 2
+    reversed_methods = search_cases(SearchConfig(groups=[1, 2], trials=4, methods=["sdp-penalty", "spectral"]), 5)
+    assert [(case["m"], case["seed"]) for case in reversed_methods] == [(None, 0), (1, 0), (2, 0), (None, 1)]
+    alone = search_cases(SearchConfig(groups=[1, 5], trials=20, methods=["sdp-penalty"]), 5)
+    assert [case["m"] for case in alone] == [None]
 
 
 def test_more_groups_than_tasks_is_refused_only_where_it_was_asked_for():
@@ -65,8 +71,8 @@ def test_more_groups_than_tasks_is_refused_only_where_it_was_asked_for():
 
 def test_the_relaxation_is_left_to_few_tasks():
     assert {case["method"] for case in search_cases(SearchConfig(), 500)} == {"spectral"}
-    with pytest.raises(InputError, match="add spectral"):
-        search_cases(SearchConfig(methods=["sdp"]), 500)
+    with pytest.raises(InputError, match="sdp, sdp-penalty is for 120 tasks at most, these are 500; add spectral"):
+        search_cases(SearchConfig(methods=["sdp", "sdp-penalty"]), 500)
 
 
 def test_partitions_survive_the_table():
@@ -97,7 +103,7 @@ def test_fingerprint_sees_every_input(planted):
     same = fingerprint(tasks, job())
     assert fingerprint(planted_tasks(9, 3, train=60, validation=200, dim=40, seed=0)[0], job()) == same
     assert fingerprint(tasks[::-1], job()) != same
-    assert fingerprint(tasks, job(seed=1)) != same
+    assert len({same, *(fingerprint(tasks, job(**change)) for change in CHANGES)}) == len(CHANGES) + 1
     assert fingerprint(planted_tasks(9, 3, train=60, validation=200, dim=40, seed=1)[0], job()) != same
 
 
@@ -136,8 +142,15 @@ def test_search_finds_the_planted_groups_and_says_so(planted, ray_cluster, tmp_p
         assert reference["search_objective"] > written["search_objective"]
     assert [row["m"] for row in written["by_m"]] == [2, 3, 4]
     assert all(row["search_objective"] <= row["mean"] <= row["worst"] for row in written["by_m"])
+    assert (written["rule"], written["price"], written["harmful"]) == ("best", 0.0, [])
+    assert [row["trials"] for row in written["by_m"]] == [
+        sum(1 for row in csv.DictReader((tmp_path / "search" / "trials.csv").open()) if row["m"] == m) for m in "234"
+    ]
 
-    assert json.loads((tmp_path / "affinity.json").read_text())["subsets"] == 50
+    found = json.loads((tmp_path / "affinity.json").read_text())
+    assert (found["subsets"], found["seed"]) == (50, 0)
+    assert found["symmetric"] == [list(column) for column in zip(*found["symmetric"], strict=True)]
+    assert found["values"] != [list(column) for column in zip(*found["values"], strict=True)]
     rows = list(csv.DictReader((tmp_path / "search" / "trials.csv").open()))
     assert len(rows) == 12
     assert {"m", "seed", "method", "objective", "accuracy", "seconds", "fits"} <= set(rows[0])

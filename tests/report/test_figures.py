@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ray_ensemble.report import figures, figures_run
+from ray_ensemble.errors import InputError
+from ray_ensemble.report import figures, figures_run, write_report, write_search_plot
 from ray_ensemble.report.figures import relative_affinity
 from ray_ensemble.report.load import load_run
 from ray_ensemble.report.theme import DARK, LIGHT, name, render
@@ -93,8 +94,39 @@ def test_without_data_the_reason_is_told(run_folder):
 
 def test_a_summary_by_m_stands_in_for_trials(run_folder):
     data = load_run(run_folder)
-    by_m = [{"m": 3, "best": 0.42, "mean": 0.43, "std": 0.01}, {"m": 2, "best": 0.45}]
+    by_m = [
+        {"m": 3, "search_objective": 0.42, "mean": 0.43, "std": 0.01, "standard_error": 0.004},
+        {"m": 2, "search_objective": 0.45},
+        {"mean": 1.0},
+        None,
+    ]
     bare = type(data)(**{**vars(data), "trials": (), "partition": {**data.partition, "by_m": by_m}})
     drawing = figures_run.search_plot(bare)
     assert "a mark is one trial" not in drawing.caption
-    render(partial(drawing.draw), LIGHT)
+    assert "paired over datasets" in drawing.caption
+    seen = []
+
+    def draw(theme):
+        figure = drawing.draw(theme)
+        seen.extend(line.get_xydata().tolist() for line in figure.axes[0].lines)
+        return figure
+
+    render(draw, LIGHT)
+    assert [[2.0, 0.45], [3.0, 0.43]] in seen  # the means
+    assert [[2.0, 0.45], [3.0, 0.42]] in seen  # the best
+
+
+def test_the_plot_of_a_search_needs_nothing_that_comes_after_it(run_folder):
+    written = write_report(run_folder)
+    wanted = (run_folder / "plots" / "search.png").read_bytes()
+    for name in ("metrics.json", "ensemble.json", "tasks.json", "affinity.json"):
+        (run_folder / name).unlink()
+    for path in (run_folder / "plots").iterdir():
+        path.unlink()
+    assert write_search_plot(run_folder) == written.parent / "plots" / "search.png"
+    assert (run_folder / "plots" / "search.png").read_bytes() == wanted
+    (run_folder / "search" / "trials.csv").unlink()
+    assert write_search_plot(run_folder) is None  # this partition.json has no summary by m either
+    (run_folder / "partition.json").unlink()
+    with pytest.raises(InputError, match=r"partition\.json"):
+        write_search_plot(run_folder)
