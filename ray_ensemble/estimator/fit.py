@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, qr
@@ -117,7 +117,7 @@ def fit_path(
         # Made anew at every λ: between two of them only the features as they came are held.
         loss = MarginLoss(rows, starts, weights.astype(np.float64))
         end = minimise(loss, margins.astype(np.float64), regularization, model, tolerance)
-        left_out = loss.left_out(end.fitted, end.factor)
+        left_out = loss.left_out(end.fitted, end.factor, end.precision)
         beta = end.beta if basis is None else basis @ end.beta
         model = end.model(regularization)
         yield Fit(beta, end.objective, end.iterations, end.converged, flops + loss.flops + end.flops, left_out)
@@ -173,8 +173,8 @@ def _reduce(features: FloatArray) -> tuple[FloatArray, Vector | None, int]:
 
 
 class _End(NamedTuple):
-    """Where the solver ended: β, fitted margins (M,), objective, steps, whether it converged, operations of its own, and the
-    loss's Hessian there with the lower Cholesky factor of the objective's."""
+    """Where the solver ended: β, fitted margins (M,), objective, steps, whether it converged, operations of its own, the loss's
+    Hessian there with the lower Cholesky factor of the objective's, and what its products were made in."""
 
     beta: Vector
     fitted: Vector
@@ -184,6 +184,7 @@ class _End(NamedTuple):
     flops: int
     hessian: Vector
     factor: Vector
+    precision: type[np.floating[Any]]
 
     def model(self, regularization: float) -> Model:
         """The loss to second order about β, whose gradient at the optimum is −2λβ."""
@@ -206,7 +207,7 @@ def minimise(loss: MarginLoss, offsets: Vector, regularization: float, model: Mo
     solver = _Solver(loss, offsets, regularization)
     if model is None:
         point = loss.at(offsets)
-        solver.factorise(loss.hessian(point))
+        solver.factorise(loss.hessian(point, loss.precision(point, regularization)))
         solver.start(-loss.gradient(point))
     else:
         solver.factorise(model.hessian.astype(np.float64))
@@ -225,6 +226,7 @@ class _Solver:
         self.iterations = 0
         self.flops = 0
         self.hessian = self.factor = np.zeros((0, 0))
+        self.precision: type[np.floating[Any]] = np.float64
 
     def factorise(self, hessian: Vector) -> None:
         """Precondition with `hessian` of the loss from here on."""
@@ -264,11 +266,21 @@ class _Solver:
                 return self._end(converged=near)
             exact = ended or not solved or self.iterations >= ITERATIONS - 1
             if exact:
-                self.factorise(self.loss.hessian(self.loss.at(self.fitted)))
+                point = self.loss.at(self.fitted)
+                self.precision = self.loss.precision(point, self.regularization)
+                self.factorise(self.loss.hessian(point, self.precision))
 
     def _end(self, converged: bool) -> _End:
         return _End(
-            self.beta, self.fitted, self.value, self.iterations, converged, self.flops, self.hessian, self.factor
+            self.beta,
+            self.fitted,
+            self.value,
+            self.iterations,
+            converged,
+            self.flops,
+            self.hessian,
+            self.factor,
+            self.precision,
         )
 
     def _newton_direction(self, point: Point, gradient: Vector, exact: bool) -> tuple[Vector, Vector, bool]:

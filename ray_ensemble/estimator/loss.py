@@ -4,15 +4,17 @@ An example with K labels has K − 1 rows, its margins against each wrong label,
 softmax of the right label. With p_k the softmax share of wrong label k and φ̄ = Σ p_k φ_k, an example's gradient is −φ̄ and its
 Hessian Σ p_k φ_kφ_kᵀ − φ̄φ̄ᵀ; for a single row that is p(1 − p)·φφᵀ.
 
-Everything is float64. Rows that are stored in less are widened block by block on every pass, so that the store of many tasks is
-never copied whole; few enough rows are widened once.
+Margins and gradients are float64. Rows that are stored in less are widened block by block on every pass, so that the store of
+many tasks is never copied whole; few enough rows are widened once. The products of M·d² operations, the Hessian and the solves
+for examples left out, are made in float32 where the rows are stored so and λ keeps the rounding far below what either is for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,10 @@ from ray_ensemble.estimator.features import FloatArray, IntArray
 Vector = NDArray[np.float64]
 
 BLOCK = 8192  # rows that are held in float64 at a time
+ROUNDING = 1e-7  # of a positive semidefinite matrix made in float32, relative to its trace, in the spectral norm
+TRUSTED = (
+    1e-3  # rounding relative to 2λ, hence to any eigenvalue of the objective's Hessian, up to which float32 will do
+)
 
 
 def softplus(values: FloatArray) -> Vector:
@@ -47,6 +53,7 @@ class MarginLoss:
     """
 
     def __init__(self, rows: FloatArray, starts: IntArray, weights: Vector) -> None:
+        self.stored = rows
         self.rows = rows.astype(np.float64, copy=False) if len(rows) <= BLOCK else rows
         self.starts, self.weights = starts, weights
         self.flops = 0
@@ -104,26 +111,38 @@ class MarginLoss:
             pushed -= point.weight * point.share * np.repeat(inner, self._lengths)
         return pushed
 
-    def hessian(self, point: Point) -> Vector:
-        """Hessian of the loss in β, (k, k)."""
+    def precision(self, point: Point, regularization: float) -> type[np.floating[Any]]:
+        """What the products of M·d² operations of a fit that ends at this point may be made in."""
+        if self.stored.dtype != np.float32:
+            return np.float64
+        trace = float(point.curvature @ self._squares)  # of the Hessian at most
+        return np.float32 if ROUNDING * trace <= TRUSTED * 2.0 * regularization else np.float64
+
+    @cached_property
+    def _squares(self) -> Vector:
+        """Squared norms of the rows, (M,)."""
+        return np.concatenate([np.einsum("ij,ij->i", block, block) for _, block in self._blocks(np.float32)])
+
+    def hessian(self, point: Point, precision: type[np.floating[Any]] = np.float64) -> Vector:
+        """Hessian of the loss in β, (k, k), its products made in `precision` block by block."""
         dim = self.rows.shape[1]
         self.flops += len(self.rows) * dim * (dim + 1)
         total = np.zeros((dim, dim))
-        root = np.sqrt(point.curvature)
-        for part, block in self._blocks():
+        root = np.sqrt(point.curvature).astype(precision)
+        for part, block in self._blocks(precision):
             scaled = block * root[part, None]
             total += scaled.T @ scaled  # numpy sees one matrix and calls the symmetric product: half the work
-            examples = slice(*np.searchsorted(self.starts, [part.start, part.stop]))
-            several = self._several[examples]
-            if several.any():
-                firsts = self.starts[examples] - part.start
-                mean = np.add.reduceat(block * point.share[part, None], firsts, axis=0)[several]  # φ̄
-                mean *= np.sqrt(self.weights[examples][several])[:, None]
+            for length, chosen in self._by_length(part):
+                if length == 1:
+                    continue
+                rows = self.starts[chosen][:, None] + np.arange(length)  # (n, K − 1)
+                share = (np.sqrt(self.weights[chosen])[:, None] * point.share[rows]).astype(precision)
+                mean = np.einsum("nk,nkd->nd", share, block[rows - part.start])  # φ̄, times the root of the weight
                 total -= mean.T @ mean
                 self.flops += len(mean) * dim * (dim + 1)
         return total
 
-    def left_out(self, fitted: Vector, factor: Vector) -> Vector:
+    def left_out(self, fitted: Vector, factor: Vector, precision: type[np.floating[Any]] = np.float64) -> Vector:
         """Margins (M,) of each example under the fit without it, by one Newton step from the whole fit.
 
         `factor` (k, k) is the lower Cholesky factor of the objective's Hessian. With g and Λ the gradient and Hessian of an
@@ -134,11 +153,10 @@ class MarginLoss:
         self.flops += self.rows.size * self.rows.shape[1]
         share = self.at(fitted).share
         found = fitted.copy()
-        for part, block in self._blocks():
+        factor = factor.astype(precision)
+        for part, block in self._blocks(precision):
             half = solve_triangular(factor, block.T, lower=True, check_finite=False).T  # (M', k)
-            examples = slice(*np.searchsorted(self.starts, [part.start, part.stop]))
-            for length in np.unique(self._lengths[examples]):
-                chosen = np.flatnonzero(self._lengths[examples] == length) + examples.start
+            for length, chosen in self._by_length(part):
                 rows = self.starts[chosen][:, None] + np.arange(length)  # (n, K − 1)
                 p = share[rows]
                 if length == 1:
@@ -152,6 +170,13 @@ class MarginLoss:
                 found[rows] += np.linalg.solve(np.eye(length) - a @ curvature, a @ -p[:, :, None])[:, :, 0]
         return found
 
-    def _blocks(self) -> Iterator[tuple[slice, Vector]]:
+    def _by_length(self, part: slice) -> Iterator[tuple[int, IntArray]]:
+        """The examples of a block of rows, gathered by their number of rows."""
+        first, last = np.searchsorted(self.starts, [part.start, part.stop])
+        for length in np.unique(self._lengths[first:last]):
+            yield int(length), np.flatnonzero(self._lengths[first:last] == length) + first
+
+    def _blocks(self, precision: type[np.floating[Any]] = np.float64) -> Iterator[tuple[slice, Any]]:
+        rows = self.rows if precision is np.float64 else self.stored
         for first, last in pairwise(self._cuts):
-            yield slice(first, last), self.rows[first:last].astype(np.float64, copy=False)
+            yield slice(first, last), rows[first:last].astype(precision, copy=False)
