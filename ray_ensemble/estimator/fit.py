@@ -27,13 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, qr
 
 from ray_ensemble.estimator.features import FloatArray, IntArray
-from ray_ensemble.estimator.loss import MarginLoss, Point, Vector
+from ray_ensemble.estimator.loss import MarginLoss, Point, Precision, Vector
 
 TOLERANCE = 1e-9  # on half the squared Newton decrement, relative to the objective
 ITERATIONS = 200
@@ -184,7 +184,7 @@ class _End(NamedTuple):
     flops: int
     hessian: Vector
     factor: Vector
-    precision: type[np.floating[Any]]
+    precision: Precision
 
     def model(self, regularization: float) -> Model:
         """The loss to second order about β, whose gradient at the optimum is −2λβ."""
@@ -226,7 +226,7 @@ class _Solver:
         self.iterations = 0
         self.flops = 0
         self.hessian = self.factor = np.zeros((0, 0))
-        self.precision: type[np.floating[Any]] = np.float64
+        self.precision: Precision = np.float64
 
     def factorise(self, hessian: Vector) -> None:
         """Precondition with `hessian` of the loss from here on."""
@@ -256,7 +256,8 @@ class _Solver:
         while True:
             point = self.loss.at(self.fitted)
             gradient = self.loss.gradient(point) + 2.0 * self.regularization * self.beta
-            direction, along, solved = self._newton_direction(point, gradient, exact)
+            direction, solved = self._newton_direction(point, gradient, exact)
+            along = self.loss.times(direction)
             decrement = -float(gradient @ direction)
             near = decrement <= 2.0 * tolerance * max(self.value, np.finfo(np.float64).tiny)
             moved = self._move(direction, along, decrement)
@@ -283,39 +284,40 @@ class _Solver:
             self.precision,
         )
 
-    def _newton_direction(self, point: Point, gradient: Vector, exact: bool) -> tuple[Vector, Vector, bool]:
-        """Solve the Newton equations: the direction (k,), rows · direction (M,), and whether few passes were enough.
+    def _newton_direction(self, point: Point, gradient: Vector, exact: bool) -> tuple[Vector, bool]:
+        """Solve the Newton equations: the direction (k,), and whether few passes were enough.
 
         With the exact Hessian by its factor; else as well as it is worth while, by conjugate gradients from zero.
         """
         if exact:
             direction = -self.precondition(gradient)
-            return direction, self.loss.times(direction), True
-        direction, along = np.zeros_like(gradient), np.zeros_like(self.fitted)
+            return direction, True
+        direction = np.zeros_like(gradient)
         residual = -gradient
         towards = self.precondition(residual)
         square = float(residual @ towards)
         forcing = min(FORCING**2, square / max(self.value, np.finfo(np.float64).tiny))
         wanted = forcing * square
         search = towards
+        precision = self.loss.precision(point, self.regularization)
         for _ in range(pass_limit(len(gradient))):
-            seen = self.loss.times(search)
-            pushed = self.loss.transposed(self.loss.curved(point, seen)) + 2.0 * self.regularization * search
+            seen = self.loss.times(search, precision)
+            pushed = self.loss.transposed(self.loss.curved(point, seen), precision)
+            pushed += 2.0 * self.regularization * search
             curvature = float(search @ pushed)
             if not curvature > 0.0:  # a gradient of zero, or one lost in rounding
-                return direction, along, True
+                return direction, True
             length = square / curvature
             direction += length * search
-            along += length * seen
             residual -= length * pushed
             towards = self.precondition(residual)
             before, square = square, float(residual @ towards)
             if square <= wanted:
-                return direction, along, True
+                return direction, True
             search = towards + square / before * search
-        return direction, along, False
+        return direction, False
 
-    def _move(self, direction: Vector, along: Vector, decrement: float) -> bool:
+    def _move(self, direction: Vector, along: FloatArray, decrement: float) -> bool:
         """Go along the direction, as far as the module says; False where nothing lowers the objective in float64."""
         penalty = self.regularization * np.array(
             [self.beta @ self.beta, 2.0 * self.beta @ direction, direction @ direction]

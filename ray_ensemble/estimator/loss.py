@@ -5,8 +5,9 @@ softmax of the right label. With p_k the softmax share of wrong label k and φ̄
 Hessian Σ p_k φ_kφ_kᵀ − φ̄φ̄ᵀ; for a single row that is p(1 − p)·φφᵀ.
 
 Margins and gradients are float64. Rows that are stored in less are widened block by block on every pass, so that the store of
-many tasks is never copied whole; few enough rows are widened once. The products of M·d² operations, the Hessian and the solves
-for examples left out, are made in float32 where the rows are stored so and λ keeps the rounding far below what either is for.
+many tasks is never copied whole; few enough rows are widened once. Products that need not be exact are made in float32 where the
+rows are stored so and λ keeps the rounding far below what they are for: the Hessian and its products, which only guide the
+steps, and the solves for examples left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from scipy.special import expit
 from ray_ensemble.estimator.features import FloatArray, IntArray
 
 Vector = NDArray[np.float64]
+Precision = type[np.float32] | type[np.float64]
 
 BLOCK = 8192  # rows that are held in float64 at a time
 ROUNDING = 1e-7  # of a positive semidefinite matrix made in float32, relative to its trace, in the spectral norm
@@ -69,17 +71,19 @@ class MarginLoss:
                     self._cuts.append(int(first))
         self._cuts.append(len(rows))
 
-    def times(self, vector: Vector) -> Vector:
-        """Rows · vector, (M,)."""
+    def times(self, vector: Vector, precision: Precision = np.float64) -> FloatArray:
+        """Rows · vector, (M,), in `precision`."""
         self.flops += 2 * self.rows.size
-        return np.concatenate([block @ vector for _, block in self._blocks()])
+        narrow = vector.astype(precision, copy=False)
+        return np.concatenate([block @ narrow for _, block in self._blocks(precision)])
 
-    def transposed(self, margins: Vector) -> Vector:
-        """Rowsᵀ · margins, (k,)."""
+    def transposed(self, margins: Vector, precision: Precision = np.float64) -> Vector:
+        """Rowsᵀ · margins, (k,) float64, the products made in `precision` block by block."""
         self.flops += 2 * self.rows.size
+        narrow = margins.astype(precision, copy=False)
         total = np.zeros(self.rows.shape[1])
-        for part, block in self._blocks():
-            total += margins[part] @ block
+        for part, block in self._blocks(precision):
+            total += narrow[part] @ block
         return total
 
     def value(self, fitted: Vector) -> float:
@@ -102,7 +106,7 @@ class MarginLoss:
         """Gradient of the loss in β, (k,)."""
         return -self.transposed(point.weight * point.share)
 
-    def curved(self, point: Point, along: Vector) -> Vector:
+    def curved(self, point: Point, along: FloatArray) -> Vector:
         """Hessian of the loss in the margins, times `along`, (M,)."""
         pushed = point.curvature * along
         if not self._single:
@@ -111,8 +115,8 @@ class MarginLoss:
             pushed -= point.weight * point.share * np.repeat(inner, self._lengths)
         return pushed
 
-    def precision(self, point: Point, regularization: float) -> type[np.floating[Any]]:
-        """What the products of M·d² operations of a fit that ends at this point may be made in."""
+    def precision(self, point: Point, regularization: float) -> Precision:
+        """What products that need not be exact may be made in at this point."""
         if self.stored.dtype != np.float32:
             return np.float64
         trace = float(point.curvature @ self._squares)  # of the Hessian at most
@@ -123,7 +127,7 @@ class MarginLoss:
         """Squared norms of the rows, (M,)."""
         return np.concatenate([np.einsum("ij,ij->i", block, block) for _, block in self._blocks(np.float32)])
 
-    def hessian(self, point: Point, precision: type[np.floating[Any]] = np.float64) -> Vector:
+    def hessian(self, point: Point, precision: Precision = np.float64) -> Vector:
         """Hessian of the loss in β, (k, k), its products made in `precision` block by block."""
         dim = self.rows.shape[1]
         self.flops += len(self.rows) * dim * (dim + 1)
@@ -142,7 +146,7 @@ class MarginLoss:
                 self.flops += len(mean) * dim * (dim + 1)
         return total
 
-    def left_out(self, fitted: Vector, factor: Vector, precision: type[np.floating[Any]] = np.float64) -> Vector:
+    def left_out(self, fitted: Vector, factor: Vector, precision: Precision = np.float64) -> Vector:
         """Margins (M,) of each example under the fit without it, by one Newton step from the whole fit.
 
         `factor` (k, k) is the lower Cholesky factor of the objective's Hessian. With g and Λ the gradient and Hessian of an
@@ -176,7 +180,7 @@ class MarginLoss:
         for length in np.unique(self._lengths[first:last]):
             yield int(length), np.flatnonzero(self._lengths[first:last] == length) + first
 
-    def _blocks(self, precision: type[np.floating[Any]] = np.float64) -> Iterator[tuple[slice, Any]]:
+    def _blocks(self, precision: Precision = np.float64) -> Iterator[tuple[slice, Any]]:
         rows = self.rows if precision is np.float64 else self.stored
         for first, last in pairwise(self._cuts):
             yield slice(first, last), rows[first:last].astype(precision, copy=False)
