@@ -61,7 +61,8 @@ def newton(problem: Problem) -> Solved:
         return found
 
     iteration = 0
-    for iteration in range(1, NEWTON_ITERATIONS + 1):
+    while iteration < NEWTON_ITERATIONS:
+        iteration += 1
         gradient = -(weights * expit(-fitted)) @ rows + 2.0 * penalty * beta
         direction = -cho_solve(cho_factor(hessian(), overwrite_a=True, check_finite=False), gradient)
         along, decrement, step = rows @ direction, -float(gradient @ direction), 1.0

@@ -3,17 +3,17 @@
     python benchmarks/fits.py --json fits.json                     # 10 datasets of 500 examples, d = 400
     python benchmarks/fits.py --threads 1 --clock cpu              # on a machine that does other work
 
-What is measured. Datasets are generated (`estimator.planted`): gradients of mean norm 100 with a decaying spectrum, margins as a
-base has them. λ is chosen as a search chooses it, and timed. Then come two lists of groups: 50 subsets of 3 datasets (1,500 rows),
-the subsets that the affinity samples, and all datasets together (5,000 rows) 50 times. In rounds, every contender fits its list, in
-an order that rotates from round to round:
+What is measured. Datasets are generated (`estimator.planted`): gradients of mean norm 100 with a decaying spectrum, margins as
+a base has them. λ is chosen as a search chooses it, and timed. Then come two lists of groups: the 50 subsets of 3 datasets that
+the affinity samples (1,500 rows each), and all datasets together (5,000 rows) 50 times. In rounds, every contender fits its list,
+in an order that rotates from round to round:
 
-- ours: `Estimator.groups` on an estimator that knows nothing yet: models of the datasets, fits, examples left out, estimates on the
-  validation data. All datasets together are fitted by `Estimator.fit`, which does not cache.
+- ours: `Estimator.groups` on an estimator that knows nothing yet: models of the datasets, fits, examples left out, estimates on
+  the validation data. All datasets together are fitted by `Estimator.fit`, which does not cache.
 - ours-fit: `fit_margins` alone with the group's model ready; margins of examples left out included.
 - ours-cold: the same without a model.
 - newton: what the estimator did before: damped Newton from zero in float64, examples left out.
-- lbfgs: scipy's L-BFGS-B in float64 to a gradient of 1e-10; no examples left out. It and newton fit the first `--peer-groups` only.
+- lbfgs: scipy's L-BFGS-B in float64 to a gradient of 1e-10; no examples left out. It and newton fit the first `--peer-groups`.
 - floor: reading the group's float32 features from memory once for each of ours' Newton steps, at the measured rate of a sum.
 
 Printed are milliseconds a fit (median over rounds, smallest and largest), seconds for 50, and the largest relative gap of the

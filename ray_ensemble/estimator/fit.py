@@ -13,10 +13,10 @@ that at worst the solver is a damped Newton method. At the end the Hessian is fo
 whether the fit has converged, and gives the margins of examples left out and the model for the next λ.
 
 No step can raise the objective. A step s that moves no fitted margin by more than `SAFE_MOVE` lowers it: the third derivative
-of log-sum-exp along s is at most r times its second, r = 2·max|Δf| the range of the moved scores, so with sᵀ∇²F s = −∇F·s, which
-conjugate gradients from zero keep at every iterate, F changes by at most −(1 − (eʳ − r − 1)/r²) sᵀ∇²F s (Bach 2010, lemma 1;
-arXiv 0910.4627), and that is negative up to r = 1.7. Longer steps are searched by halving: gradients are large (norms of a
-hundred), and a full step can land where the loss is linear.
+of log-sum-exp along s is at most r times its second, r = 2·max|Δf| the range of the moved scores, so with sᵀ∇²F s = −∇F·s,
+which conjugate gradients from zero keep at every iterate, F changes by at most −(1 − (eʳ − r − 1)/r²) sᵀ∇²F s (Bach 2010,
+lemma 1; arXiv 0910.4627). That is negative up to r = 1.7; r = 1 leaves room for rounding. Longer steps are searched by halving:
+gradients are large (norms of a hundred), and a full step can land where the loss is linear.
 
 With far fewer rows than dimensions the minimiser lies in the span of the features (β = Φᵀα, the representer theorem).
 With Φᵀ = QR, Q of orthonormal columns, β = Qγ keeps the norm, so the same problem with features Rᵀ (M×M) gives γ; no

@@ -435,3 +435,47 @@ def test_left_out_margins_are_one_newton_step_away():
         a = weight * r @ np.linalg.inv(hessian) @ r.T
         expected += list(fitted[first : first + len(g)] + np.linalg.inv(np.eye(len(g)) - a @ curvature) @ a @ g)
     np.testing.assert_allclose(fit.left_out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioned", ["well", "ill"])
+def test_features_in_float32_give_what_the_same_in_float64_give(conditioned):
+    """At every λ of the grid and far below it, where float32 would not do for what it is trusted with."""
+    rows, margins, starts = stacked(class_problem(80, ((40, 2), (40, 4)), norm=100.0, seed=9))
+    if conditioned == "ill":
+        rows = ill_conditioned(rows, 9)
+    single = rows.astype(np.float32)
+    weights = np.full(80, 1 / 80)
+    grid = 1e4 * np.logspace(1, -13, 15)
+    wide = fit_path(single.astype(np.float64), margins, weights, grid, starts=starts)
+    for one, two in zip(fit_path(single, margins, weights, grid, starts=starts), wide, strict=True):
+        assert one.converged
+        assert one.objective == pytest.approx(two.objective, rel=1e-8)
+        change = np.abs(two.left_out - margins)
+        np.testing.assert_array_less(np.abs(one.left_out - two.left_out), 1e-3 * change + 1e-3)
+
+
+def test_float32_is_left_where_its_rounding_would_tell():
+    rows, margins, starts = stacked(class_problem(30, norm=100.0, seed=1))
+    weights = np.full(60, 1 / 60)
+    loss = MarginLoss(rows.astype(np.float32), starts, weights)
+    point = loss.at(margins)
+    trace = np.trace(loss.hessian(point))
+    assert loss.precision(point, trace) is np.float32
+    assert loss.precision(point, 1e-6 * trace) is np.float64
+    assert MarginLoss(rows, starts, weights).precision(point, trace) is np.float64
+    rounding = loss.hessian(point, np.float32) - loss.hessian(point)
+    assert 0 < np.linalg.norm(rounding, 2) < 1e-7 * trace
+
+
+@pytest.mark.parametrize(("size", "dim"), [(40, 200), (90, 60)])
+def test_operations_are_counted(size, dim):
+    """The least that a fit needs, from the sizes alone; and a fit of many times the rows costs many times as much."""
+    rows, margins, weights = problem(size, dim, norm=20.0)
+    fit = fit_margins(rows, margins, weights, 0.1)
+    least = min(size, dim)
+    factors = 2 * (least**3 // 3)
+    assert fit.flops > 2 * size * least**2 + factors + 4 * size * least * fit.iterations
+    times = 20
+    more = fit_margins(np.tile(rows, (times, 1)), np.tile(margins, times), np.tile(weights, times) / times, 0.1)
+    if size > dim:
+        assert 0.5 * times * (fit.flops - factors) < more.flops < 1.5 * times * fit.flops
