@@ -29,9 +29,7 @@ Precision = type[np.float32] | type[np.float64]
 
 BLOCK = 8192  # rows that are held in float64 at a time
 ROUNDING = 1e-7  # of a positive semidefinite matrix made in float32, relative to its trace, in the spectral norm
-TRUSTED = (
-    1e-3  # rounding relative to 2λ, hence to any eigenvalue of the objective's Hessian, up to which float32 will do
-)
+TRUSTED = 1e-3  # rounding up to which float32 will do, relative to 2λ, the least eigenvalue of the objective's Hessian
 
 
 def softplus(values: FloatArray) -> Vector:
