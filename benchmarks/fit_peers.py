@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,13 +95,12 @@ def lbfgs(problem: Problem) -> Solved:
     return Solved(found.x, float(found.fun), int(found.nit))
 
 
-def read_seconds(features: int) -> float:
+def read_seconds(features: int, clock: Callable[[], float]) -> float:
     """Seconds to read so many bytes of features once, from a measured rate: the best of a few sums of a large array."""
     large = np.ones(READ_BYTES // 4, np.float32)
-    return features / (READ_BYTES / min(_seconds(large.sum) for _ in range(5)))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    taken = []
+    for _ in range(5):
+        started = clock()
+        large.sum()
+        taken.append(clock() - started)
+    return features * min(taken) / READ_BYTES

@@ -200,7 +200,7 @@ def measure(bench: Bench, label: str, groups: list[Group]) -> list[Row]:
         flops = bench.flops(groups[0], name == "ours-fit") if name in ("ours-fit", "ours-cold") else None
         rows.append(_row(label, name, lists[name], seconds[name], faster, steps, flops, gap.get(name)))
     steps = statistics.mean(found.iterations for found in solved["ours-fit"])
-    rate = peers.read_seconds(bench.problem(groups[0]).features.nbytes)
+    rate = peers.read_seconds(bench.problem(groups[0]).features.nbytes, clock)
     rows.append(_row(label, "floor", groups, [rate * steps * len(groups)], None, steps, None, None))
     return rows
 
