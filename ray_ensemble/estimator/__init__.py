@@ -1,7 +1,9 @@
 """What fine-tuning on a group of tasks would do, from gradients at θ₀ alone (no Ray, no model).
 
 - `features`: a task as projected gradients, and the two halves of its validation data
-- `fit`: the regularised logistic fit, by damped Newton steps
+- `loss`: value, gradient and curvature of a group's loss, and its examples left out
+- `fit`: the regularised logistic fit, by preconditioned Newton steps that never raise the objective
+- `models`: second-order models of the tasks' losses, which add up to where a group's fit starts
 - `predict`: loss and accuracy from linearised label scores
 - `budget`: λ of a group by the steps that it will be trained for, and the choice of λ
 - `estimator`: the estimate of a group, cached, and the objective of a partition
@@ -13,7 +15,7 @@ from ray_ensemble.estimator.affinity import Affinity, sample_subsets
 from ray_ensemble.estimator.budget import RegularizationChoice, choose_regularization, group_regularization
 from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate
 from ray_ensemble.estimator.features import TaskFeatures, pairwise_margins, validation_halves
-from ray_ensemble.estimator.fit import Fit, fit_margins, fit_path
+from ray_ensemble.estimator.fit import Fit, Model, fit_margins, fit_path
 from ray_ensemble.estimator.predict import Estimate, estimate_task
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Fit",
     "Group",
     "GroupEstimate",
+    "Model",
     "RegularizationChoice",
     "TaskFeatures",
     "choose_regularization",

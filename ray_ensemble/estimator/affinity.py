@@ -179,8 +179,7 @@ def affinity(
         raise ValueError("an affinity needs at least one subset")
     n = len(estimator)
     count, total, squares = np.zeros((n, n), dtype=np.int64), np.zeros((n, n)), np.zeros((n, n))
-    for subset in subsets:
-        estimate = estimator.group(subset)
+    for estimate in estimator.groups(subsets):
         members = np.array(estimate.members)
         each = [-found.loss if metric == "loss" else found.accuracy for found in estimate.search]
         where = np.ix_(members, members)

@@ -16,7 +16,8 @@ import numpy as np
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.estimator.features import FloatArray, IntArray, TaskFeatures, validation_halves
-from ray_ensemble.estimator.fit import Fit, Vector, fit_path
+from ray_ensemble.estimator.fit import Fit, fit_path
+from ray_ensemble.estimator.loss import Vector
 from ray_ensemble.estimator.predict import estimate_held_out
 
 GRID_DECADES = (1.0, -6.0)  # λ_ref relative to the mean squared norm of the features, large to small
@@ -59,16 +60,22 @@ def first_rows(features: Sequence[TaskFeatures], members: Sequence[int]) -> list
 def stack_group(
     features: Sequence[TaskFeatures], members: Sequence[int]
 ) -> tuple[FloatArray, FloatArray, Vector, IntArray]:
-    """Training rows (M, d), margins (M,), weights (N,) and first rows (N,) of a group's N examples.
-
-    The training sampler draws every example of a group equally often, so every weight is 1/N; another sampler would need
-    other weights, or the estimate models another training.
-    """
+    """Training rows (M, d), margins (M,), weights (N,) and first rows (N,) of a group's N examples."""
     rows = np.concatenate([features[task].train_features for task in members])
     margins = np.concatenate([features[task].train_margins for task in members])
     firsts = first_rows(features, members)
     starts = np.concatenate([features[task].starts + first for task, first in zip(members, firsts, strict=True)])
-    return rows, margins, np.full(len(starts), 1.0 / len(starts)), starts
+    return rows, margins, sampler_weights(features, members), starts
+
+
+def sampler_weights(features: Sequence[TaskFeatures], members: Sequence[int]) -> Vector:
+    """How often training on a group draws each of its N examples: (N,), sum 1, the members' examples in turn.
+
+    The training sampler draws every example of a group equally often. Another sampler needs other weights, or the estimate
+    models another training; inside a task they must not depend on the group, since its model of the loss is shared by groups.
+    """
+    count = total_examples(features, members)
+    return np.full(count, 1.0 / count)
 
 
 def prediction_flops(task: TaskFeatures) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError
 from ray_ensemble.estimator.budget import first_rows, group_regularization, prediction_flops, stack_group
 from ray_ensemble.estimator.features import TaskFeatures, validation_halves
-from ray_ensemble.estimator.fit import Fit, fit_margins
+from ray_ensemble.estimator.fit import Fit, Model, fit_margins, is_reduced
+from ray_ensemble.estimator.models import sampler_shares, sum_models, task_model
 from ray_ensemble.estimator.predict import Estimate, estimate_held_out, estimate_task
 
 Group = tuple[int, ...]
@@ -24,7 +25,8 @@ LOSS_TIE_BREAK = 1e-4  # nats to accuracy: smaller than one example of any valid
 class GroupEstimate:
     """Estimates of the `members` (sorted task indices) of a group, in their order, on either validation half.
 
-    `regularization` is the group's own λ, `steps` the Newton steps and `flops` the operations of fit and predictions.
+    `regularization` is the group's own λ, `steps` the Newton steps and `flops` the operations of fit and predictions; those of a
+    task alone hold also the model of its loss that all its groups start from.
     """
 
     members: Group
@@ -65,6 +67,7 @@ class Estimator:
         self.cache: MutableMapping[Group, GroupEstimate] = {} if cache is None else cache
         self.fits = 0
         self.flops = 0
+        self._models: dict[int, tuple[Model, int]] = {}
         self._halves = [validation_halves(len(task.validation_labels)) for task in self.features]
 
     def __len__(self) -> int:
@@ -73,9 +76,13 @@ class Estimator:
     def fit(self, members: Iterable[int]) -> tuple[Fit, float]:
         """β of a group, not cached, and the λ that it was fitted with. Members out of range are an `IndexError`."""
         group = self._group(members)
-        regularization = group_regularization(self.regularization, self.training, self.features, group)
+        regularization = self._regularization(group)
         rows, margins, weights, starts = stack_group(self.features, group)
-        fit = fit_margins(rows, margins, weights, regularization, starts=starts)
+        model = None
+        if not is_reduced(*rows.shape):
+            shares = sampler_shares(self.features, group)
+            model = sum_models((self._model(task)[0] for task in group), shares)
+        fit = fit_margins(rows, margins, weights, regularization, model, starts=starts)
         return fit, regularization
 
     def group(self, members: Iterable[int]) -> GroupEstimate:
@@ -83,23 +90,25 @@ class Estimator:
 
         `fits` and `flops` count only what this object computed itself.
         """
-        group = self._group(members)
-        found = self.cache.get(group)
-        if found is not None:
-            return found
-        fit, regularization = self.fit(group)
-        flops = fit.flops + sum(prediction_flops(self.features[task]) for task in group)
-        firsts = first_rows(self.features, group)
-        search = tuple(
-            estimate_held_out(fit, first, self.features[task], self._halves[task][0])
-            for task, first in zip(group, firsts, strict=True)
-        )
-        report = tuple(estimate_task(fit.beta, self.features[task], self._halves[task][1]) for task in group)
-        estimate = GroupEstimate(group, search, report, regularization, fit.iterations, flops)
-        self.fits += 1
-        self.flops += flops
-        self.cache[group] = estimate
-        return estimate
+        return self.groups([members])[0]
+
+    def groups(self, groups: Iterable[Iterable[int]]) -> list[GroupEstimate]:
+        """The estimates of many groups, in their order, each as `group` gives it alone, to the last bit.
+
+        Groups share the models of their tasks. They are fitted one after another: a product that serves several groups at
+        once rounds otherwise than one that serves one.
+        """
+        found: dict[Group, GroupEstimate] = {}
+        wanted = [self._group(members) for members in groups]
+        for group in dict.fromkeys(wanted):
+            estimate = self.cache.get(group)
+            if estimate is None:
+                estimate = self._estimate(group)
+                self.fits += 1
+                self.flops += estimate.flops
+                self.cache[group] = estimate
+            found[group] = estimate
+        return [found[group] for group in wanted]
 
     def tasks(self, partition: Iterable[Iterable[int]], half: Half) -> list[Estimate]:
         """The estimate of every task under its own group, in the tasks' order.
@@ -108,8 +117,7 @@ class Estimator:
         """
         found: dict[int, Estimate] = {}
         count = 0
-        for members in partition:
-            estimate = self.group(members)
+        for estimate in self.groups(partition):
             count += len(estimate.members)
             found.update(zip(estimate.members, estimate.half(half), strict=True))
         if count != len(self) or len(found) != len(self):
@@ -126,6 +134,31 @@ class Estimator:
         if metric == "loss":
             return loss
         return sum(1.0 - estimate.accuracy for estimate in estimates) / len(estimates) + LOSS_TIE_BREAK * loss
+
+    def _estimate(self, group: Group) -> GroupEstimate:
+        fit, regularization = self.fit(group)
+        flops = fit.flops + sum(prediction_flops(self.features[task]) for task in group)
+        if len(group) == 1:
+            flops += self._model(group[0])[1]
+        firsts = first_rows(self.features, group)
+        search = tuple(
+            estimate_held_out(fit, first, self.features[task], self._halves[task][0])
+            for task, first in zip(group, firsts, strict=True)
+        )
+        report = tuple(estimate_task(fit.beta, self.features[task], self._halves[task][1]) for task in group)
+        return GroupEstimate(group, search, report, regularization, fit.iterations, flops)
+
+    def _regularization(self, group: Group) -> float:
+        return group_regularization(self.regularization, self.training, self.features, group)
+
+    def _model(self, task: int) -> tuple[Model, int]:
+        """The task's loss to second order and its operations, computed when first asked for."""
+        if task not in self._models:
+            self._models[task] = task_model(self.features, task, self._regularization((task,)))
+        return self._models[task]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_models": {}}  # d×d a task, and soon made again
 
     def _group(self, members: Iterable[int]) -> Group:
         group = tuple(sorted({int(task) for task in members}))

@@ -8,7 +8,8 @@ import numpy as np
 from scipy.special import log_softmax
 
 from ray_ensemble.estimator.features import IntArray, TaskFeatures
-from ray_ensemble.estimator.fit import Fit, Vector, softplus
+from ray_ensemble.estimator.fit import Fit
+from ray_ensemble.estimator.loss import Vector, softplus
 
 
 @dataclass(frozen=True)

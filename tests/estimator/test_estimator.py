@@ -20,6 +20,7 @@ from ray_ensemble.estimator import (
     validation_halves,
 )
 from ray_ensemble.estimator.budget import stack_group
+from ray_ensemble.estimator.models import sampler_shares, sum_models, task_model
 from ray_ensemble.estimator.planted import planted_tasks
 from ray_ensemble.estimator.predict import estimate_held_out
 
@@ -174,6 +175,54 @@ def test_an_estimate_does_not_depend_on_what_was_asked_before(tasks):
     for members in ((0,), (0, 1), (0, 1, 2), range(6)):
         busy.group(members)
     assert busy.group((1, 2)) == Estimator(tasks, TRAINING, 0.1).group((1, 2))
+
+
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_group_in_a_batch_is_a_group_alone_to_the_last_bit(labels):
+    tasks, _ = planted_tasks(8, 2, train=70, validation=20, dim=90, labels=labels, norm=100.0, seed=4)
+    groups = [*sample_subsets(8, 30, 3, 0), (0,), (5,), range(8), (1, 2)]
+    batch = Estimator(tasks, TRAINING, 1.0).groups(groups)
+    shuffled = Estimator(tasks, TRAINING, 1.0).groups(groups[::-1])[::-1]
+    assert batch == shuffled
+    assert batch == [Estimator(tasks, TRAINING, 1.0).group(group) for group in groups]
+
+
+def test_groups_answers_in_order_and_fits_each_once(tasks):
+    estimator = Estimator(tasks, TRAINING, 0.1)
+    found = estimator.groups([(1, 0), (2,), (0, 1)])
+    assert [estimate.members for estimate in found] == [(0, 1), (2,), (0, 1)]
+    assert estimator.fits == 2
+    assert estimator.groups([]) == []
+    with pytest.raises(IndexError):
+        estimator.groups([(0,), (6,)])
+
+
+def test_models_of_tasks_do_not_travel(tasks):
+    estimator = Estimator(tasks, TRAINING, 0.1)
+    before = len(pickle.dumps(estimator))
+    estimator.fit((0, 1, 2))
+    assert len(pickle.dumps(estimator)) == before
+
+
+def test_two_copies_of_a_task_start_at_their_optimum(tasks):
+    """The models of tasks add up to the model of their group, with the sampler's shares."""
+    double = replace(tasks[0], name="copy")
+    longer = replace(
+        tasks[0],
+        name="four times",
+        train_features=np.tile(tasks[0].train_features, (4, 1)),
+        train_margins=np.tile(tasks[0].train_margins, 4),
+    )
+    model = task_model(tasks, 0, 0.1)[0]
+    for group, shares in (([tasks[0], double], [0.5, 0.5]), ([tasks[0], longer], [0.2, 0.8])):
+        np.testing.assert_allclose(sampler_shares(group, (0, 1)), shares)
+        summed = sum_models([task_model(group, task, 0.1)[0] for task in (0, 1)], shares)
+        np.testing.assert_allclose(summed.slope, model.slope, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(summed.hessian, model.hessian, rtol=1e-4, atol=1e-6)
+        rows, margins, weights, starts = stack_group(group, (0, 1))
+        assert fit_margins(rows, margins, weights, 0.1, summed, starts=starts).iterations <= 2
+    with pytest.raises(ValueError, match="no models"):
+        sum_models([], [])
 
 
 def test_objective_is_the_mean_over_tasks_under_their_own_groups(tasks):
