@@ -108,7 +108,9 @@ def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]
             "data": [split_hash(task, task["validation"][:PROBED]) for task in tasks],
             "how": [stages.config.gradients.batch_tokens, stages.config.gradients.threads],
         }
-        lifted = {"train": [split_hash(task, task["train"][:n]) for task, n in zip(tasks, counts, strict=True)]}
+        lifted: dict[str, Any] = {
+            "train": [split_hash(task, task["train"][:n]) for task, n in zip(tasks, counts, strict=True)]
+        }
         lifted |= {"shares": [np.round(each, 9).tolist() for each in shares], "distances": DISTANCES}
         units[sha256_json(about | lifted)[:16]] = LinearityUnit(probed, train=train, distances=DISTANCES)
         trained = {"adapter": sha256_file(run.folder / "adapter_model.safetensors")}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.estimator.features import FloatArray, TaskFeatures
-from ray_ensemble.estimator.fit import softplus
+from ray_ensemble.estimator.loss import softplus
 
 Vector = NDArray[np.float64]
 
@@ -31,6 +31,6 @@ def lifting_shares(
         each = len(fitted) // rows.examples
         total = np.logaddexp.reduceat(-fitted, rows.starts)
         own = np.exp(-fitted - np.repeat(softplus(total), each)).reshape(rows.examples, each)
-        shares.append(own * weights[first : first + rows.examples, None])
+        shares.append((own * weights[first : first + rows.examples, None]).astype(np.float64))
         first += rows.examples
     return shares

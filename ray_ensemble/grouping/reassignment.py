@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 
 from ray_ensemble.estimator.estimator import LOSS_TIE_BREAK, Estimator, Group, Metric
 from ray_ensemble.estimator.features import TaskFeatures, validation_halves
-from ray_ensemble.estimator.fit import softplus
+from ray_ensemble.estimator.loss import softplus
 from ray_ensemble.grouping.objective import task_values
 from ray_ensemble.grouping.partitions import (
     MARGIN,

@@ -1,5 +1,4 @@
 import io
-from functools import partial
 
 import matplotlib as mpl
 import numpy as np
