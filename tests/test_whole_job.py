@@ -135,7 +135,7 @@ def test_damaged_gradients_are_named_and_only_they_are_recomputed(run_copy, caps
 def test_search_leaves_its_plot_and_tells_what_it_found(run_copy, capsys):
     shutil.rmtree(run_copy / "plots")
     command = ["search", str(run_copy / "config.yaml"), "--output", str(run_copy), "--redo", "--set"]
-    assert main([*command, "search.trials=4"]) == 0
+    assert main([*command, "search.trials=3"]) == 0
     assert [path.name for path in (run_copy / "plots").iterdir()] == ["search.png"]
     shown = capsys.readouterr().out
     partition = json.loads((run_copy / "partition.json").read_text())
@@ -175,7 +175,7 @@ def test_whole_job_in_four_bits(ray_cluster, tiny_model, tmp_path):
     write_task(tmp_path / "tasks" / "options", OPTIONS, seed=2, train=16)
     model = {"source": str(tiny_model), "quantization": "nf4"}
     path = write_job(
-        tmp_path, tiny_model, tmp_path / "tasks", model=model, search={"groups": [2], "trials": 1},
+        tmp_path, tiny_model, tmp_path / "tasks", model=model, search={"groups": [1], "trials": 1},
         training={"epochs": 1, "min_steps": 4},
     )  # fmt: skip
     result = Job.from_yaml(path).run(tmp_path / "run")

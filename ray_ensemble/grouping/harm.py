@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from ray_ensemble.estimator.estimator import Estimator
 from ray_ensemble.grouping.objective import group_values
@@ -13,6 +14,7 @@ from ray_ensemble.grouping.partitions import Partition
 from ray_ensemble.grouping.reassignment import predicted_values
 
 ERRORS = 2.0  # standard errors beyond which a mean effect is not noise
+CHANCE = 0.025  # of naming, by its own group's effect, any task that does neither good nor harm there
 PARTNERS = 3  # fewer say nothing
 
 
@@ -39,7 +41,8 @@ def harmful(estimator: Estimator, partition: Partition) -> tuple[Harm, ...]:
     on all other tasks is below −2 standard errors, and no group speaks for it:
 
     - another group that is better with it on the mean speaks for the task, since strangers to most may still have kin;
-    - its own group does unless that is worse with it by more than 2 standard errors, since the search put it there;
+    - its own group does unless that is worse with it by more than chance among n tasks (2.5% / n, one-sided normal), since the
+      search put it there;
     - neither does where the group's tasks are worse off than untrained: two tasks of noise dilute each other's.
 
     It is always the loss that is compared, since accuracy is coarse. Costs a fit a task, and one a group for each task that does
@@ -75,7 +78,7 @@ def _effects(
         place = together.index(task)
         with_task = np.delete(group_values(estimator, together, "loss"), place)
         effect = group_values(estimator, others, "loss") - with_task
-        noise = ERRORS * _standard_error(effect) if group is own else 0.0
+        noise = float(norm.isf(CHANCE / len(estimator))) * _standard_error(effect) if group is own else 0.0
         if effect.mean() > -noise and with_task.mean() < untrained[list(others)].mean():
             return None
         effects.append(effect)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ def test_the_trace_falls_with_the_penalty_down_to_one_at_the_largest():
     matrix = blocks([0, 0, 0, 1, 1, 2, 2, 2], noise=0.5)
     top = largest_penalty(matrix)
     traces = [np.trace(penalised_relaxation(matrix, part * top)) for part in (0.0, 0.2, 0.5, 0.8, 0.95, 1.05, 1.5)]
-    assert all(later <= earlier + 1e-4 for earlier, later in itertools.pairwise(traces))
+    assert all(later <= earlier + 1e-4 for earlier, later in pairwise(traces))
     assert traces[-3] > 1.001
     np.testing.assert_allclose(traces[-2:], 1, atol=1e-3)
     assert largest_penalty(np.zeros((4, 4))) == 0

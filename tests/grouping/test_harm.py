@@ -61,19 +61,21 @@ def test_without_poison_nobody_is_named(groups):
         assert harmful(estimator_of(tasks), from_labels(membership)) == ()
 
 
-def test_the_effect_is_the_mean_over_all_partners_of_joining_their_group():
-    tasks, _ = planted_tasks(7, 2, train=80, validation=160, dim=30, seed=1)
+@pytest.mark.parametrize("partition", [((0, 1, 2, 3, 4, 5, 6, 7, 8),), ((0, 1, 3, 5), (2,), (4, 6, 7, 8))])
+def test_the_effect_is_the_mean_over_all_partners_of_joining_their_group(partition):
+    tasks, _ = planted_tasks(9, 1, train=80, validation=160, dim=40, seed=0)
     tasks[2] = shuffled(tasks[2])
     estimator = estimator_of(tasks)
-    partition = ((0, 2, 4, 6), (1, 3, 5))
     (harm,) = harmful(estimator, partition)
     effects = []
-    for without, with_ in (((0, 4, 6), (0, 2, 4, 6)), ((1, 3, 5), (1, 2, 3, 5))):
-        before, after = estimator.group(without).search, estimator.group(with_).search
-        effects += [old.loss - after[with_.index(member)].loss for member, old in zip(without, before, strict=True)]
+    for group in partition:
+        without, with_ = tuple(t for t in group if t != 2), tuple(sorted({*group, 2}))
+        if without:
+            before, after = estimator.group(without).search, estimator.group(with_).search
+            effects += [old.loss - after[with_.index(member)].loss for member, old in zip(without, before, strict=True)]
     assert harm.effect == pytest.approx(np.mean(effects))
-    assert harm.standard_error == pytest.approx(np.std(effects, ddof=1) / np.sqrt(6))
-    assert (harm.partners, harm.better) == (6, sum(effect > 0 for effect in effects))
+    assert harm.standard_error == pytest.approx(np.std(effects, ddof=1) / np.sqrt(8))
+    assert (harm.task, harm.partners, harm.better) == ("task-2", 8, sum(effect > 0 for effect in effects))
 
 
 def test_too_few_tasks_are_not_judged():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_predictions_are_the_means_over_search_half_and_training_examples(metric
         held_out = estimate_task(beta, task, half)
         losses, hits = [], []
         bounds = [*task.starts, len(task.train_margins)]
-        for start, end in itertools.pairwise(bounds):
+        for start, end in pairwise(bounds):
             margins = task.train_margins[start:end] + task.train_features[start:end].astype(float) @ beta
             losses.append(np.log1p(np.exp(-margins).sum()))
             hits.append(float(margins.min() > 0))

@@ -118,8 +118,8 @@ def test_a_summary_by_m_stands_in_for_trials(run_folder):
 def test_the_plot_of_a_search_needs_nothing_that_comes_after_it(run_folder):
     written = write_report(run_folder)
     wanted = (run_folder / "plots" / "search.png").read_bytes()
-    for file in ("metrics.json", "ensemble.json", "tasks.json", "affinity.json"):
-        (run_folder / file).unlink()
+    for later in ("metrics.json", "ensemble.json", "tasks.json", "affinity.json"):
+        (run_folder / later).unlink()
     for path in (run_folder / "plots").iterdir():
         path.unlink()
     assert write_search_plot(run_folder) == written.parent / "plots" / "search.png"
