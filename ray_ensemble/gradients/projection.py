@@ -7,7 +7,8 @@ has therefore the same map to the last bit, and the first columns of a larger d 
 Two maps are known. `rademacher`, the paper's, has an independent sign for every element and column. `kronecker` multiplies a
 parameter's gradient G (p, q) from both sides, φ = vec(LᵀGR) with L (p, d₁) and R (q, d₂) of signs, d₁·d₂ = d: it takes
 p·d₁ + q·d₂ signs instead of p·q·d and its inner products are right on average too, but their variance is larger, since the
-d entries are not independent (docs/gradients.md has the measured effect on the estimate).
+d entries are not independent (docs/gradients.md has the measured effect on the estimate). A side with as many columns as
+elements, as that of a small rank, is left as it is, which loses nothing.
 """
 
 from __future__ import annotations
@@ -101,17 +102,23 @@ class Projection:
         return total.mul_(1.0 / math.sqrt(self.dim))
 
     def _two_sided(self, name: str, gradients: Tensor) -> Tensor:
-        rows, columns = gradients.shape[1:]
+        count, rows, columns = gradients.shape
         left, right = kronecker_factors(self.dim, rows, columns)
-        r = self.signs(f"{name}\nright", 0, columns, right)  # (q, d₂)
-        half = gradients @ r  # (N, p, q) @ (q, d₂)
-        whole = torch.zeros(gradients.shape[0], left, right, dtype=torch.float32, device=gradients.device)
+        half = gradients
+        if right != columns:
+            half = gradients.reshape(-1, columns) @ self.signs(
+                f"{name}\nright", 0, columns, right
+            )  # (N·p, q) @ (q, d₂)
+            half = half.mul_(1.0 / math.sqrt(right)).view(count, rows, right)
+        if left == rows:
+            return half.flatten(1)
+        flat = half.transpose(1, 2).reshape(-1, rows)  # (N·d₂, p)
+        whole = torch.zeros(flat.shape[0], left, dtype=torch.float32, device=gradients.device)
         block = max(1, _BLOCK_BYTES // (4 * 64 * math.ceil(left / 64)))
         for start in range(0, rows, block):
             stop = min(start + block, rows)
-            side = self.signs(f"{name}\nleft", start, stop, left)  # (p', d₁)
-            whole += side.T @ half[:, start:stop]  # (d₁, p') @ (N, p', d₂)
-        return whole.flatten(1).mul_(1.0 / math.sqrt(self.dim))
+            whole.addmm_(flat[:, start:stop], self.signs(f"{name}\nleft", start, stop, left))  # (N·d₂, p') @ (p', d₁)
+        return whole.mul_(1.0 / math.sqrt(left)).view(count, right * left)
 
 
 def kronecker_factors(dim: int, rows: int, columns: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ray_ensemble.gradients import projection as module
-from ray_ensemble.gradients.projection import Projection
+from ray_ensemble.gradients.projection import Projection, kronecker_factors
 
 MASK = (1 << 64) - 1
 
@@ -54,6 +54,36 @@ def test_inner_products_are_kept():
     scale = exact.diagonal().sqrt()
     error = (kept - exact) / (scale[:, None] * scale)
     assert error.abs().max() < 5 / 4096**0.5
+
+
+@pytest.mark.parametrize(("rows", "columns", "dim"), [(60, 4, 40), (4, 60, 40), (50, 7, 36), (3, 3, 64)])
+def test_two_sided_map_is_the_kronecker_product_of_its_sides(rows, columns, dim):
+    """Against the dense map of each side, the identity where a side is kept whole."""
+    projection = Projection(dim, 2, "cpu", "kronecker")
+    left, right = kronecker_factors(dim, rows, columns)
+    assert left * right == dim
+
+    def side(name, elements, wide):
+        if wide == elements:
+            return torch.eye(elements, dtype=torch.float64)
+        return projection.signs(f"a\n{name}", 0, elements, wide).double() / wide**0.5
+
+    gradients = torch.randn(5, rows, columns, generator=torch.Generator().manual_seed(1))
+    want = side("left", rows, left).T @ gradients.double() @ side("right", columns, right)  # (N, d₁, d₂)
+    if left != rows:
+        want = want.transpose(1, 2)
+    torch.testing.assert_close(projection.apply("a", gradients).double(), want.flatten(1), rtol=1e-4, atol=1e-4)
+
+
+def test_two_sided_inner_products_are_right_on_average():
+    g = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(0))
+    exact = float((g[0] * g[1]).sum())
+    found = []
+    for seed in range(400):
+        phi = Projection(64, seed, "cpu", "kronecker").apply("a", g)
+        found.append(float(phi[0] @ phi[1]))
+    spread = torch.tensor(found).std() / 20
+    assert abs(float(torch.tensor(found).mean()) - exact) < 4 * float(spread)
 
 
 @pytest.mark.gpu
