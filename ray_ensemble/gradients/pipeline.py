@@ -118,7 +118,7 @@ class ShardedReplica:
             for shard in range(config.shards)
         ]
         # Batches in the pipeline, of all units together: enough to keep every shard busy, and a bound on its memory.
-        self._room = threading.Semaphore(config.shards + 1)
+        self._room = threading.Semaphore(2 * config.shards)
         self.facts()
 
     def facts(self) -> list[dict[str, int]]:
