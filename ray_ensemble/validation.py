@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.errors import InputError
-from ray_ensemble.estimator import Estimate, Estimator, estimate_task, sample_subsets
+from ray_ensemble.estimator import Estimate, Estimator, estimate_task
+from ray_ensemble.estimator.affinity import job_subsets
 from ray_ensemble.estimator.budget import stack_group
 from ray_ensemble.estimator.comparison import Point, compare
 from ray_ensemble.estimator.lifting import lifting_shares
@@ -45,9 +46,12 @@ def validate(stages: Stages, subsets: int, repeats: int) -> dict[str, Any]:
         raise InputError(f"--repeats {repeats}: 0 to {subsets}, the number of subsets")
     estimator = stages.estimator()
     settings = stages.config.estimator
-    drawn = sample_subsets(len(estimator), max(settings.subsets, subsets), settings.subset_size, settings.seed)[
-        :subsets
-    ]
+    more = settings.model_copy(update={"subsets": max(settings.subsets, subsets)})
+    drawn = job_subsets(estimator.features, more)[:subsets]
+    if len(drawn) < subsets:
+        raise InputError(
+            f"--subsets {subsets}: there are only {len(drawn)} subsets of {len(estimator)} tasks; ask for fewer"
+        )
     wanted = [(members, seed) for place, members in enumerate(drawn) for seed in ((0, 1) if place < repeats else (0,))]
     runs = fine_tune(stages, wanted)
     names = [task.name for task in estimator.features]

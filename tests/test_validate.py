@@ -67,7 +67,7 @@ def test_again_trains_nothing_and_says_the_same(validated: Path, whole_job: Path
     assert "Spearman" in told
 
 
-@pytest.mark.parametrize(("subsets", "repeats", "said"), [(0, 0, "at least one"), (2, 3, "0 to 2")])
+@pytest.mark.parametrize(("subsets", "repeats", "said"), [(0, 0, "at least one"), (2, 3, "0 to 2"), (99, 0, "only 4")])
 def test_counts_that_make_no_sense_are_refused(validated: Path, whole_job: Path, subsets, repeats, said):
     with pytest.raises(InputError, match=said):
         Job.from_yaml(whole_job).validate(validated, subsets=subsets, repeats=repeats)
