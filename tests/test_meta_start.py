@@ -32,7 +32,7 @@ from ray_ensemble.stages import Stages, encode_all
 from ray_ensemble.tasks import load_tasks
 from ray_ensemble.training.loop import sample_batch
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_gradients_are_taken_and_adapters_trained_from_the_meta_start(ray_cluster, tiny_model, task_folder, tmp_path):
