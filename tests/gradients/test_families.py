@@ -82,9 +82,9 @@ def error(found: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("adapter", "warm", "labels", "count"),
     [
-        ("attention", False, "branching", 8),
-        ("attention", True, "single", 32),
-        ("all-linear", False, "single", 4),
+        ("attention", False, "branching", 32),
+        ("attention", True, "single", 1),
+        ("all-linear", False, "single", 1),
         ("all-linear", True, "branching", 32),
     ],
 )
