@@ -12,6 +12,7 @@ from rich.text import Text
 from ray_ensemble.report.facts import count, number, plain
 from ray_ensemble.report.figures_run import rows_by_m
 from ray_ensemble.report.load import load_search
+from ray_ensemble.report.tables import text_table
 
 DIGITS = 4  # partitions differ in the third decimal
 WIDTH = 24
@@ -43,16 +44,10 @@ def _table(partition: dict[str, Any]) -> Table:
     price = partition.get("price") or 0.0
     rule = str(partition.get("rule", "best")).replace("_", " ")
     about = f" + {price:g} an adapter" if price else ""
-    table = Table(
+    table = text_table(
         title=f"Mean {kind}{about}, by number of groups",
         caption=f"spread: standard deviation over trials; * chosen by the rule '{rule}'; "
         "± one standard error of the difference, paired over datasets",
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
     )
     for column in ("m", "trials", "best", "mean", "spread", "best, report half", "minus best of all"):
         table.add_column(column, justify="right")

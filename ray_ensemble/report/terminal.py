@@ -14,6 +14,7 @@ from rich.text import Text
 from ray_ensemble.report import facts
 from ray_ensemble.report.facts import MEASURES, Measure, change, measured, number, plain
 from ray_ensemble.report.load import RIVALS, RunData, load_run
+from ray_ensemble.report.tables import text_table
 
 ROWS = 60
 NAMES = 8
@@ -49,15 +50,10 @@ def _table(data: RunData, between: str) -> Table:
     caption = "[ ] 95% interval; one QLoRA: one adapter on all datasets; bold: best of the three"
     if len(shown) < len(data.order):
         caption += f"; {len(shown)} of {len(data.order)} datasets, those with the largest gains and losses"
-    table = Table(
+    table = text_table(
         title="Test splits",
         caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2 if between == " " else 1, 0, 0),
-        pad_edge=False,
+        gap=2 if between == " " else 1,
     )
     table.add_column("\ndataset", overflow="fold")
     table.add_column("\nn", justify="right")

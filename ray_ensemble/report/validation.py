@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from ray_ensemble.report.tables import text_table
+
 _ROWS = (
     ("loss error", "loss_error", "%"),
     ("loss error, calibrated", "loss_error_calibrated", "%"),
@@ -22,15 +24,9 @@ def validation_summary(found: dict[str, Any]) -> Group:
 
 
 def _errors(found: dict[str, Any]) -> Table:
-    table = Table(
+    table = text_table(
         title=f"Estimate against {found['subsets']} really fine-tuned subsets, {found['points']} (subset, dataset) points",
         caption="errors are relative to the truth and averaged over points; seed to seed: training again with another seed",
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
     )
     ceiling = found.get("seed_to_seed") or {}
     table.add_column("")
@@ -42,16 +38,10 @@ def _errors(found: dict[str, Any]) -> Table:
 
 
 def _linearity(found: dict[str, Any]) -> Table:
-    table = Table(
+    table = text_table(
         title="Linearity: margins against their first-order prediction",
         caption="distance: of the adapter from its start, relative to the start's norm; error: squared remainder over squared "
         "margins; of change: over their squared changes",
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-        pad_edge=False,
     )
     table.add_column("along")
     for title in ("distance", "error", "of change"):
