@@ -143,12 +143,16 @@ class EstimatorConfig(Section):
 
     The affinity is estimated on `subsets` subsets of `subset_size` tasks. Up to 50 tasks they cover every pair; above that each
     task is covered first with its `neighbours` most similar ones, by the cosine of mean training gradients.
+
+    `calibrate: k` really fine-tunes the last k of these subsets before the search and takes the λ that is nearest to what they
+    reached, in place of the one that validation data choose.
     """
 
     regularization: Literal["auto"] | Fraction = "auto"
     subsets: Count = 50
     subset_size: Count = 3
     neighbours: Count = 5
+    calibrate: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
 
 

@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.ensemble import ScoreRequest, score_all
+from ray_ensemble.estimator import Estimate, TaskFeatures, Truth
+from ray_ensemble.estimator.affinity import job_subsets
+from ray_ensemble.evaluation.metrics import losses_and_hits
 from ray_ensemble.stages import Stages
 from ray_ensemble.training import AdapterJob, train_adapters
 
@@ -70,3 +73,25 @@ def fine_tune(
         scores = {i: next(scored) for i in members}
         runs.append(RealRun(members, seed, adapter.steps, adapter.seconds, adapter.tokens, adapter.folder, scores))
     return runs
+
+
+def reached(run: RealRun, features: Sequence[TaskFeatures]) -> tuple[Estimate, ...]:
+    """Loss and accuracy that a run scored on the validation examples of its members, in their order."""
+    found = []
+    for task in run.members:
+        losses, hits = losses_and_hits(run.scores[task], features[task].validation_labels)
+        found.append(Estimate(float(losses.mean()), float(hits.mean())))
+    return tuple(found)
+
+
+def calibration_subsets(stages: Stages, features: Sequence[TaskFeatures]) -> list[tuple[int, ...]]:
+    """The subsets that `estimator.calibrate` fine-tunes: the last of the affinity's, since `validate` takes the first."""
+    settings = stages.config.estimator
+    return job_subsets(features, settings)[-settings.calibrate :] if settings.calibrate else []
+
+
+def calibration_truths(stages: Stages, features: Sequence[TaskFeatures]) -> tuple[list[Truth], int]:
+    """What the calibration's subsets really reach, and the tokens that training them took; see `fine_tune` for errors."""
+    subsets = calibration_subsets(stages, features)
+    runs = fine_tune(stages, [(members, 0) for members in subsets]) if subsets else []
+    return [Truth(run.members, reached(run, features)) for run in runs], sum(run.tokens for run in runs)

@@ -160,20 +160,24 @@ class Stages:
 
     def search(self) -> Outcome:
         """Affinity of the tasks and the best partition found."""
+        from ray_ensemble.evaluation import training_flops
         from ray_ensemble.gradients import GradientStore
         from ray_ensemble.grouping import run_search
+        from ray_ensemble.real_runs import calibration_truths
         from ray_ensemble.report import write_search_plot
 
         self.need_ray()
         features = _features(GradientStore.open(self.folder / "gradients"))
+        truths, tokens = calibration_truths(self, features)
         with Bar("search", self.config.search.trials, "trials") as bar:
-            found = run_search(features, self.config, self.folder.path, progress=bar.reach)
+            found = run_search(features, self.config, self.folder.path, progress=bar.reach, truths=truths)
         for group in found.groups:
             console.print(f"  group: {', '.join(group)}", markup=False)
         # Not among the stage's files: the report draws all plots anew.
         write_search_plot(self.folder.path)
         files = [self.folder / "affinity.json", self.folder / "partition.json", self.folder / "search" / "trials.csv"]
-        return files, {"flops": found.flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
+        flops = found.flops + training_flops(self._size(), tokens)
+        return files, {"flops": flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
 
     def train(self) -> Outcome:
         """One adapter a group, and the baseline on everything with the same total of steps, all side by side."""
@@ -312,8 +316,10 @@ class Stages:
         """The estimate as the search uses it, from the gradients of this folder."""
         from ray_ensemble.gradients import GradientStore
         from ray_ensemble.grouping import job_estimator
+        from ray_ensemble.real_runs import calibration_truths
 
-        return job_estimator(_features(GradientStore.open(self.folder / "gradients")), self.config)
+        features = _features(GradientStore.open(self.folder / "gradients"))
+        return job_estimator(features, self.config, calibration_truths(self, features)[0])
 
     # What the stages share --------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.errors import InputError
-from ray_ensemble.estimator import Estimate, Estimator, estimate_task
+from ray_ensemble.estimator import Estimate, Estimator, estimate_task, estimates_along
 from ray_ensemble.estimator.affinity import job_subsets
-from ray_ensemble.estimator.budget import stack_group
+from ray_ensemble.estimator.budget import regularization_grid, stack_group
 from ray_ensemble.estimator.comparison import Point, compare
 from ray_ensemble.estimator.lifting import lifting_shares
 from ray_ensemble.evaluation.metrics import losses_and_hits
@@ -23,7 +23,7 @@ from ray_ensemble.files import read_json, sha256_file, sha256_json, write_json
 from ray_ensemble.gradients.linearity import Linearity, LinearityProbe, LinearityUnit
 from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
 from ray_ensemble.progress import Bar
-from ray_ensemble.real_runs import RealRun, fine_tune
+from ray_ensemble.real_runs import RealRun, calibration_subsets, fine_tune, reached
 from ray_ensemble.stages import Stages
 from ray_ensemble.tasks import split_hash
 
@@ -46,8 +46,9 @@ def validate(stages: Stages, subsets: int, repeats: int) -> dict[str, Any]:
         raise InputError(f"--repeats {repeats}: 0 to {subsets}, the number of subsets")
     estimator = stages.estimator()
     settings = stages.config.estimator
-    more = settings.model_copy(update={"subsets": max(settings.subsets, subsets)})
-    drawn = job_subsets(estimator.features, more)[:subsets]
+    kept = calibration_subsets(stages, estimator.features)  # λ was chosen by them: they say nothing about the estimate
+    more = settings.model_copy(update={"subsets": max(settings.subsets, subsets + len(kept))})
+    drawn = [members for members in job_subsets(estimator.features, more) if members not in kept][:subsets]
     if len(drawn) < subsets:
         raise InputError(
             f"--subsets {subsets}: there are only {len(drawn)} subsets of {len(estimator)} tasks; ask for fewer"
@@ -76,9 +77,12 @@ def measured_points(estimator: Estimator, runs: Sequence[RealRun]) -> list[Point
     for run in sorted(runs, key=lambda run: run.seed):
         by_subset.setdefault(run.members, []).append(run)
     points = []
+    grid = regularization_grid(estimator.features)
     for members, repeated in by_subset.items():
         fit, _ = estimator.fit(members)
-        for task in members:
+        along, _ = estimates_along(estimator.features, estimator.training, members, grid)
+        truths = [reached(run, estimator.features) for run in repeated]
+        for place, task in enumerate(members):
             features = estimator.features[task]
             everything = np.arange(len(features.validation_labels))
             points.append(
@@ -86,8 +90,9 @@ def measured_points(estimator: Estimator, runs: Sequence[RealRun]) -> list[Point
                     subset=members,
                     task=task,
                     estimated=estimate_task(fit.beta, features, everything),
-                    true=tuple(_estimate(run.scores[task], features.validation_labels) for run in repeated),
+                    true=tuple(truth[place] for truth in truths),
                     base=_estimate(features.validation_scores, features.validation_labels),
+                    along=tuple(estimates[place] for estimates in along),
                 )
             )
     return points

@@ -6,6 +6,7 @@
 - `models`: second-order models of the tasks' losses, which add up to where a group's fit starts
 - `predict`: loss and accuracy from linearised label scores
 - `budget`: λ of a group by the steps that it will be trained for, and the choice of λ
+- `calibration`: the choice of λ by really fine-tuned subsets
 - `estimator`: the estimate of a group, cached, and the objective of a partition
 - `planted`: generated tasks with a known grouping, for tests and benchmarks
 - `affinity`: which task helps which, over sampled subsets
@@ -13,6 +14,7 @@
 
 from ray_ensemble.estimator.affinity import Affinity, sample_subsets
 from ray_ensemble.estimator.budget import RegularizationChoice, choose_regularization, group_regularization
+from ray_ensemble.estimator.calibration import Truth, calibrate_regularization, estimates_along
 from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate
 from ray_ensemble.estimator.features import TaskFeatures, pairwise_margins, validation_halves
 from ray_ensemble.estimator.fit import Fit, Model, fit_margins, fit_path
@@ -28,8 +30,11 @@ __all__ = [
     "Model",
     "RegularizationChoice",
     "TaskFeatures",
+    "Truth",
+    "calibrate_regularization",
     "choose_regularization",
     "estimate_task",
+    "estimates_along",
     "fit_margins",
     "fit_path",
     "group_regularization",

@@ -84,6 +84,14 @@ def prediction_flops(task: TaskFeatures) -> int:
     return int(2 * examples * (labels - 1) * dim)
 
 
+def regularization_grid(features: Sequence[TaskFeatures]) -> list[float]:
+    """The values that λ_ref may have, large to small: `GRID_DECADES` about the mean squared norm of the training features."""
+    norms = [np.square(task.train_features, dtype=np.float64).sum(axis=1).mean() for task in features]
+    scale = float(np.mean(norms)) or 1.0  # features that are all zero predict no change at any λ
+    points = round((GRID_DECADES[0] - GRID_DECADES[1]) * GRID_STEPS_PER_DECADE) + 1
+    return [float(value) for value in scale * np.logspace(*GRID_DECADES, points)]
+
+
 def choose_regularization(
     features: Sequence[TaskFeatures],
     training: TrainingConfig,
@@ -104,10 +112,7 @@ def choose_regularization(
     kinds = [_sample(subsets, generator), _sample([(task,) for task in everything], generator), [everything]]
     groups = sorted({group for kind in kinds for group in kind})
     halves = [validation_halves(len(task.validation_labels))[0] for task in features]
-    norms = [np.square(task.train_features, dtype=np.float64).sum(axis=1).mean() for task in features]
-    scale = float(np.mean(norms)) or 1.0  # features that are all zero predict no change at any λ
-    points = round((GRID_DECADES[0] - GRID_DECADES[1]) * GRID_STEPS_PER_DECADE) + 1
-    grid = [float(value) for value in scale * np.logspace(*GRID_DECADES, points)]
+    grid = regularization_grid(features)
 
     paths = {}
     for group in groups:

@@ -25,13 +25,17 @@ CALIBRATION_SUBSETS = 4
 
 @dataclass(frozen=True)
 class Point:
-    """Task `task` of the subset `subset`: estimated, really reached (one for each seed, the first one is compared), and base."""
+    """Task `task` of the subset `subset`: estimated, really reached (one for each seed, the first one is compared), and base.
+
+    `along` are the estimates at other λ, the same for all points, which a calibration can choose from.
+    """
 
     subset: tuple[int, ...]
     task: int
     estimated: Estimate
     true: tuple[Estimate, ...]
     base: Estimate
+    along: tuple[Estimate, ...] = ()
 
 
 def compare(points: Sequence[Point], seed: int = 0) -> dict[str, Any]:
@@ -39,8 +43,8 @@ def compare(points: Sequence[Point], seed: int = 0) -> dict[str, Any]:
 
     - `loss_error`, `accuracy_error`: mean |estimated − true| / true; accuracies of zero are left out of the second;
     - `accuracy_error_points`: mean |estimated − true| accuracy, in points;
-    - `loss_error_calibrated`: of losses whose change from the base is scaled by one number, fitted on
-      `CALIBRATION_SUBSETS` real runs and measured on the others, mean over draws of these runs; None where there are too few;
+    - `loss_error_calibrated`: of losses at the λ, and with their change from the base scaled by the number, that are best on
+      `CALIBRATION_SUBSETS` real runs, measured on the others, mean over draws of these runs; None where there are too few;
     - `spearman`: rank correlation over all points after each task's mean is taken off estimate and truth, with its
       bootstrap interval over subsets, and `spearman_by_task`;
     - `seed_to_seed`: the same figures of a second seed's truth in place of the estimate, the ceiling of any estimate; None
@@ -85,18 +89,24 @@ def fit_scale(estimated: Vector, true: Vector, base: Vector) -> float:
 
 
 def calibrated_error(points: Sequence[Point], subsets: int = CALIBRATION_SUBSETS, seed: int = 0) -> float | None:
-    """Mean relative error of losses calibrated (`fit_scale`) on `subsets` real runs, on the points of all the others."""
+    """Mean relative error of losses calibrated (λ and `fit_scale`) on `subsets` real runs, on the points of all the others."""
     groups = sorted({p.subset for p in points})
     if len(groups) <= subsets:
         return None
     generator = np.random.default_rng(seed)
+    _, true, base = _triple(points)
+    # (1 + λ, points): the estimates as they are, and those along the path
+    candidates = np.stack([_losses(each) for each in zip(*((p.estimated, *p.along) for p in points), strict=True)])
     errors = []
     for _ in range(CALIBRATION_DRAWS):
         chosen = {groups[i] for i in generator.choice(len(groups), subsets, replace=False)}
-        fitting, rest = [p for p in points if p.subset in chosen], [p for p in points if p.subset not in chosen]
-        scale = fit_scale(*_triple(fitting))
-        estimated, true, base = _triple(rest)
-        errors.append(_relative(base + scale * (estimated - base), true))
+        known = np.array([p.subset in chosen for p in points])
+        fitted = []
+        for estimated in candidates:
+            scale = fit_scale(estimated[known], true[known], base[known])
+            calibrated = base + scale * (estimated - base)
+            fitted.append((_relative(calibrated[known], true[known]), _relative(calibrated[~known], true[~known])))
+        errors.append(min(fitted)[1])
     return float(np.mean(errors))
 
 

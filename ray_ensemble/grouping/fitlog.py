@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from ray_ensemble.config import JobConfig
+from ray_ensemble.estimator.calibration import Truth
 from ray_ensemble.estimator.estimator import Group, GroupEstimate
 from ray_ensemble.estimator.features import TaskFeatures
 from ray_ensemble.estimator.predict import Estimate
 from ray_ensemble.files import sha256_json, write_text
+
+SOLVER = 2  # raised when the same inputs give other estimates, so that old logs are not read
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class FitLog:
                 stream.writelines(json.dumps(asdict(estimate)) + "\n" for estimate in new.values())
 
 
-def fingerprint(features: Sequence[TaskFeatures], config: JobConfig) -> str:
-    """SHA-256 of all that a search depends on: features, and the settings of estimator, search and training budget."""
+def fingerprint(features: Sequence[TaskFeatures], config: JobConfig, truths: Sequence[Truth] = ()) -> str:
+    """SHA-256 of all that a search depends on: features, real runs, settings of estimator, search and training budget, and
+    the solver's version."""
     digest = sha256()
     for task in features:
         digest.update(json.dumps(task.name).encode())
@@ -81,6 +85,8 @@ def fingerprint(features: Sequence[TaskFeatures], config: JobConfig) -> str:
         "search": config.search.model_dump(),
         "training": [training.epochs, training.min_steps, training.batch_size],
         "features": digest.hexdigest(),
+        "truths": [asdict(truth) for truth in truths],
+        "solver": SOLVER,
     }
     return sha256_json(settings)
 

@@ -29,6 +29,7 @@ from ray_ensemble.config import JobConfig, SearchConfig, TrainingConfig
 from ray_ensemble.errors import RunError
 from ray_ensemble.estimator.affinity import COVER_TASKS, affinity, gradient_similarity, job_subsets
 from ray_ensemble.estimator.budget import choose_regularization
+from ray_ensemble.estimator.calibration import Truth, calibrate_regularization
 from ray_ensemble.estimator.estimator import Estimator, Group, GroupEstimate
 from ray_ensemble.estimator.features import TaskFeatures
 from ray_ensemble.files import write_json, write_text
@@ -146,11 +147,13 @@ def run_search(
     folder: Path,
     progress: Progress | None = None,
     concurrency: int | None = None,
+    truths: Sequence[Truth] = (),
 ) -> SearchResult:
     """Find the groups: writes `affinity.json`, `partition.json` and `search/` into `folder`. Ray must be initialised.
 
     `progress(done, total)` is called after every trial; `concurrency` bounds the trials that run at once (each has
-    one CPU). A search of the same inputs that was stopped goes on; one of other inputs is replaced.
+    one CPU); λ is chosen by `truths`, if there are any. A search of the same inputs that was stopped goes on; one of other
+    inputs is replaced.
     `result.best_result` tells which trial wins. Settings that do not fit the tasks are an `InputError`, failed trials
     a `RunError`.
     """
@@ -158,12 +161,12 @@ def run_search(
     cases = search_cases(config.search, len(features))
     path = folder / "search"
     with threadpool_limits(limits=1):  # the same bits on any number of cores
-        fits = FitLog(path / "fits.jsonl", fingerprint(features, config))
+        fits = FitLog(path / "fits.jsonl", fingerprint(features, config, truths))
         if fits.reference is None:
             shutil.rmtree(path, ignore_errors=True)
         seed, metric = config.estimator.seed, config.search.objective
         subsets = job_subsets(features, config.estimator)
-        reference = fits.reference or _reference(features, config, subsets)
+        reference = fits.reference or _reference(features, config, subsets, truths)
         fits.start(reference)
         cache: MutableMapping[Group, GroupEstimate] = dict(fits.known)
         estimator = Estimator(features, config.training, reference.regularization, cache)
@@ -188,17 +191,22 @@ def _peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def job_estimator(features: Sequence[TaskFeatures], config: JobConfig) -> Estimator:
+def job_estimator(features: Sequence[TaskFeatures], config: JobConfig, truths: Sequence[Truth] = ()) -> Estimator:
     """The estimator that a search of this job uses, with its λ_ref, and nothing fitted yet."""
     subsets = job_subsets(features, config.estimator)
     with threadpool_limits(limits=1):
-        return Estimator(features, config.training, _reference(features, config, subsets).regularization)
+        return Estimator(features, config.training, _reference(features, config, subsets, truths).regularization)
 
 
-def _reference(features: Sequence[TaskFeatures], config: JobConfig, subsets: Sequence[Group]) -> Reference:
+def _reference(
+    features: Sequence[TaskFeatures], config: JobConfig, subsets: Sequence[Group], truths: Sequence[Truth]
+) -> Reference:
     setting = config.estimator.regularization
     if setting != "auto":
         return Reference(setting, 0)
+    if truths:
+        choice = calibrate_regularization(features, config.training, truths)
+        return Reference(choice.value, choice.flops)
     choice = choose_regularization(features, config.training, subsets, config.estimator.seed)
     return Reference(choice.value, choice.flops)
 

@@ -20,7 +20,7 @@ _ROWS = (
 
 def validation_summary(found: dict[str, Any]) -> Group:
     """The content of `validation.json` as tables: each measure and the same of a second seed (the ceiling); linearity."""
-    return Group(_errors(found), "", _linearity(found))
+    return Group(_errors(found), "", _by_task(found), "", _linearity(found))
 
 
 def _errors(found: dict[str, Any]) -> Table:
@@ -34,6 +34,24 @@ def _errors(found: dict[str, Any]) -> Table:
     table.add_column("seed to seed", justify="right")
     for title, key, kind in _ROWS:
         table.add_row(title, _text(found.get(key), kind) + _interval(found, key), _text(ceiling.get(key), kind))
+    return table
+
+
+def _by_task(found: dict[str, Any]) -> Table:
+    table = text_table(
+        title="Within each dataset: does the estimate order the subsets that hold it as training does?",
+        caption="mean loss over the subsets, nats; Spearman over few subsets says little by itself",
+    )
+    table.add_column("dataset")
+    for title in ("subsets", "estimated", "true", "Spearman"):
+        table.add_column(title, justify="right")
+    for task, value in found["spearman_by_task"].items():
+        rows = [row for row in found["table"] if row["task"] == task]
+        means = [
+            sum(row["estimated"]["loss"] for row in rows) / len(rows),
+            sum(row["true"][0]["loss"] for row in rows) / len(rows),
+        ]
+        table.add_row(task, str(len(rows)), *(f"{mean:.3f}" for mean in means), _text(value, ""))
     return table
 
 
