@@ -25,6 +25,7 @@ from ray_ensemble.version import __version__
 
 if TYPE_CHECKING:
     from ray_ensemble.estimator import Estimator, TaskFeatures
+    from ray_ensemble.evaluation import ModelSize
     from ray_ensemble.gradients import GradientStore
 
 Facts = dict[str, Any]
@@ -127,16 +128,17 @@ class Stages:
         """Projected per-example gradients of every task."""
         from ray_ensemble.evaluation import gradient_flops
         from ray_ensemble.gradients import collect_gradients
+        from ray_ensemble.gradients.projection import signs_per_element
 
         self.need_ray()
         warm_up, warm_up_files = self._warm_up() if self._warm else (0.0, [])
         store = self.folder / "gradients"
         done = collect_gradients(self.encoded, self.spec, self.config.gradients, self.base_hashes, store)
         # At a fresh start only B's half of the adapter has a gradient to take and to project.
-        size = self._size(half=None if self._warm else "lora_B")
-        flops = gradient_flops(
-            size, done.forward_tokens, done.backward_tokens, done.projected, self.config.gradients.dim
-        )
+        size = self.size(half=None if self._warm else "lora_B")
+        settings = self.config.gradients
+        signs = signs_per_element(settings.projection, settings.dim, self.config.adapter.rank)
+        flops = gradient_flops(size, done.forward_tokens, done.backward_tokens, done.projected, signs)
         files = [*warm_up_files, *sorted(p for p in store.rglob("*") if p.is_file())]
         return files, {"flops": warm_up + flops, "peak_memory_bytes": done.peak_memory_bytes, "examples": done.examples}
 
@@ -156,18 +158,17 @@ class Stages:
         trained = train_adapters([job], self.encoded, self.config, self.folder.path, spec, hashes)["start"]
         shutil.rmtree(self._start, ignore_errors=True)
         shutil.copytree(trained.folder, self._start)
-        return training_flops(self._size(), trained.tokens), sorted(self._start.iterdir())
+        return training_flops(self.size(), trained.tokens), sorted(self._start.iterdir())
 
     def search(self) -> Outcome:
         """Affinity of the tasks and the best partition found."""
         from ray_ensemble.evaluation import training_flops
-        from ray_ensemble.gradients import GradientStore
         from ray_ensemble.grouping import run_search
         from ray_ensemble.real_runs import calibration_truths
         from ray_ensemble.report import write_search_plot
 
         self.need_ray()
-        features = _features(GradientStore.open(self.folder / "gradients"))
+        features = self.features()
         truths, tokens = calibration_truths(self, features)
         with Bar("search", self.config.search.trials, "trials") as bar:
             found = run_search(features, self.config, self.folder.path, progress=bar.reach, truths=truths)
@@ -176,7 +177,7 @@ class Stages:
         # Not among the stage's files: the report draws all plots anew.
         write_search_plot(self.folder.path)
         files = [self.folder / "affinity.json", self.folder / "partition.json", self.folder / "search" / "trials.csv"]
-        flops = found.flops + training_flops(self._size(), tokens)
+        flops = found.flops + training_flops(self.size(), tokens)
         return files, {"flops": flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
 
     def train(self) -> Outcome:
@@ -202,7 +203,7 @@ class Stages:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(adapter.folder, target)
             files += sorted(target.iterdir())
-        size = self._size()
+        size = self.size()
         return files, {
             "flops": {name: training_flops(size, adapter.tokens) for name, adapter in trained.items()},
             "job_seconds": {name: round(adapter.seconds, 3) for name, adapter in trained.items()},
@@ -253,7 +254,7 @@ class Stages:
             target = self.folder / "merged" / name
             merge_adapters([self._adapter(group) for group in names], values, target)
             files += sorted(target.iterdir())
-        return files, {"flops": forward_flops(self._size(), tokens), "peak_memory_bytes": peak}
+        return files, {"flops": forward_flops(self.size(), tokens), "peak_memory_bytes": peak}
 
     def evaluate(self) -> Outcome:
         """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble, merged."""
@@ -312,13 +313,18 @@ class Stages:
         write_report(self.folder.path)
         return [self.folder / "report.html", *sorted((self.folder / "plots").glob("*.png"))], {}
 
+    def features(self) -> list[TaskFeatures]:
+        """The gradients of this folder as the estimator takes them."""
+        from ray_ensemble.gradients import GradientStore
+
+        return _features(GradientStore.open(self.folder / "gradients"))
+
     def estimator(self) -> Estimator:
         """The estimate as the search uses it, from the gradients of this folder."""
-        from ray_ensemble.gradients import GradientStore
         from ray_ensemble.grouping import job_estimator
         from ray_ensemble.real_runs import calibration_truths
 
-        features = _features(GradientStore.open(self.folder / "gradients"))
+        features = self.features()
         return job_estimator(features, self.config, calibration_truths(self, features)[0])
 
     # What the stages share --------------------------------------------------------------------------------------------
@@ -405,7 +411,8 @@ class Stages:
         model = self._plan["model"]
         return ReplicaSpec(self.config.model.source, model["quantization"], str(start), model["pad_id"])
 
-    def _size(self, half: str | None = None) -> Any:
+    def size(self, half: str | None = None) -> ModelSize:
+        """Parameters of the base and of the adapter, or of its half `lora_A` or `lora_B`, as operations are counted by them."""
         from ray_ensemble.evaluation import ModelSize
 
         sizes = self._plan["adapter"]["parameters"]

@@ -27,7 +27,7 @@ from ray_ensemble.real_runs import RealRun, calibration_subsets, fine_tune, reac
 from ray_ensemble.stages import Stages
 from ray_ensemble.tasks import split_hash
 
-FORMAT = 1
+FORMAT = 2
 DISTANCES = (0.02, 0.05, 0.1)  # ρ, relative to the norm of the adapter at its start
 DIRECTIONS = 2  # subsets whose lifted fit is followed, and whose training is
 PROBED = 16  # validation examples of each member
@@ -116,6 +116,7 @@ def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]
             "base": stages.base_hashes,
             "data": [split_hash(task, task["validation"][:PROBED]) for task in tasks],
             "how": [stages.config.gradients.batch_tokens, stages.config.gradients.threads],
+            "format": FORMAT,
         }
         lifted: dict[str, Any] = {
             "train": [split_hash(task, task["train"][:n]) for task, n in zip(tasks, counts, strict=True)]
@@ -155,13 +156,16 @@ def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]
 
 def _errors(squares: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Both approximation errors (DESIGN section 2) over all examples of some directions at one distance."""
-    total = {key: sum(each[key] for each in squares) for key in ("remainder", "value", "change")}
+    keys = ("remainder", "value", "change", "loss", "linear_loss", "examples")
+    total = {key: sum(each[key] for each in squares) for key in keys}
     whole = [each["model_distance"] for each in squares]
     return {
         "distance": float(np.mean([each["distance"] for each in squares])),
         "model_distance": None if None in whole else float(np.mean(whole)),
         "approximation_error": total["remainder"] / total["value"] if total["value"] > 0 else None,
         "approximation_error_of_change": total["remainder"] / total["change"] if total["change"] > 0 else None,
+        "loss": total["loss"] / total["examples"],
+        "linear_loss": total["linear_loss"] / total["examples"],
     }
 
 

@@ -23,7 +23,7 @@ def training_flops(size: ModelSize, tokens: int) -> float:
     return 4.0 * size.backbone * tokens + 6.0 * size.adapter * tokens
 
 
-def gradient_flops(size: ModelSize, forward_tokens: int, backward_tokens: int, projected: int, dim: int) -> float:
+def gradient_flops(size: ModelSize, forward_tokens: int, backward_tokens: int, projected: int, signs: int) -> float:
     """The gradient pass: forward, backward to activations, per-example adapter gradients, and their projection.
 
     Args:
@@ -31,10 +31,10 @@ def gradient_flops(size: ModelSize, forward_tokens: int, backward_tokens: int, p
         forward_tokens: tokens of all forward passes.
         backward_tokens: tokens of all backward passes (K − 1 a validation example).
         projected: number of gradients projected.
-        dim: d; every element of a gradient meets d signs (an upper bound for the Kronecker map).
+        signs: that every element of a gradient meets: d, or fewer for the Kronecker map.
     """
     passes = 2.0 * size.backbone * (forward_tokens + backward_tokens)
-    return passes + 4.0 * size.adapter * backward_tokens + 2.0 * size.adapter * dim * projected
+    return passes + 4.0 * size.adapter * backward_tokens + 2.0 * size.adapter * signs * projected
 
 
 def flops_ratio(parts: dict[str, float], qlora_all: float) -> float:

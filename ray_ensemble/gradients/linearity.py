@@ -67,7 +67,9 @@ class Linearity:
     real: NDArray[np.float64]  # (distances, N)
 
     def squares(self) -> list[dict[str, float | None]]:
-        """For each distance the sums that the errors are made of: of squared remainders, values and changes."""
+        """For each distance the sums that the errors are made of (of squared remainders, values and changes, and of the losses
+        log(1 + e^−f) in nats of real and of predicted margins) and the number of examples.
+        """
         return [
             {
                 "distance": distance,
@@ -75,6 +77,9 @@ class Linearity:
                 "remainder": float(np.sum((real - predicted) ** 2)),
                 "value": float(np.sum(real**2)),
                 "change": float(np.sum((real - self.base) ** 2)),
+                "loss": float(np.logaddexp(0.0, -real).sum()),
+                "linear_loss": float(np.logaddexp(0.0, -predicted).sum()),
+                "examples": float(len(real)),
             }
             for distance, whole, predicted, real in zip(
                 self.distances, self.model_distances, self.predicted, self.real, strict=True

@@ -121,6 +121,11 @@ class Projection:
         return whole.mul_(1.0 / math.sqrt(left)).view(count, right * left)
 
 
+def signs_per_element(kind: ProjectionKind, dim: int, rank: int) -> int:
+    """Multiply-adds that an element of a LoRA gradient takes part in; `kronecker` keeps one side of it, the rank, whole."""
+    return dim if kind == "rademacher" else dim // kronecker_factors(dim, dim, rank)[1]
+
+
 def kronecker_factors(dim: int, rows: int, columns: int) -> tuple[int, int]:
     """d₁·d₂ = d for a gradient of `rows` × `columns`: the divisors of d nearest to the shape's own proportion.
 

@@ -59,14 +59,15 @@ def _linearity(found: dict[str, Any]) -> Table:
     table = text_table(
         title="Linearity: margins against their first-order prediction",
         caption="distance: of the adapter from its start, relative to the start's norm; error: squared remainder over squared "
-        "margins; of change: over their squared changes",
+        "margins; of change: over their squared changes; loss: of the model there, and of its first-order prediction, in nats",
     )
     table.add_column("along")
-    for title in ("distance", "error", "of change"):
+    for title in ("distance", "error", "of change", "loss", "predicted"):
         table.add_column(title, justify="right")
     for row in found.get("approximation", ()):
         errors = (row["approximation_error"], row["approximation_error_of_change"])
-        table.add_row(row["direction"], f"{row['distance']:.3f}", *(_text(error, "%") for error in errors))
+        losses = (f"{row['loss']:.3f}", f"{row['linear_loss']:.3f}")
+        table.add_row(row["direction"], f"{row['distance']:.3f}", *(_text(error, "%") for error in errors), *losses)
     return table
 
 
