@@ -207,11 +207,29 @@ def _partition(data: RunData, figures: Figures) -> Html:
         f"The partition: {facts.count(len(data.groups), 'group')}",
         table(["group", "datasets"], rows, text=2),
         paragraph(" ".join(about)),
+        _harm(data),
         figures["affinity"],
         element("h3", "Choosing the number of groups"),
         note(data, "search"),
         figures["search"],
     )
+
+
+def _harm(data: RunData) -> Html:
+    """The datasets that every group is estimated to be better without, by name; nothing where none was looked for."""
+    if not isinstance(data.partition.get("harmful"), list):
+        return Html("")
+    lines = []
+    for harm in data.partition["harmful"]:
+        partners = facts.count(int(harm["partners"]), "other dataset")
+        cost = f"{number(-harm['effect'])} ± {number(harm['standard_error'])}"
+        lines.append(
+            f"{plain(harm['task'])} harms what trains beside it: joining their groups costs {partners} {cost} of estimated "
+            f"loss on the mean ({compact(harm['better'])} gain). Look at its labels, or leave it out."
+        )
+    if not lines:
+        return paragraph("No dataset was found to harm every group that it could join.", class_="muted")
+    return join([element("h3", "Datasets that do harm"), bullets(lines)])
 
 
 def _training(data: RunData, figures: Figures) -> Html:

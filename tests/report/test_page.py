@@ -113,6 +113,24 @@ def test_what_fell_short_is_told_plainly(html, report):
     assert "No validation was run" in text
 
 
+def test_datasets_that_do_harm_are_named(run_of):
+    folder = run_of()
+    path = folder / "partition.json"
+    partition = json.loads(path.read_text())
+    assert "do harm" not in page_text(folder)  # a search that did not look says nothing
+    path.write_text(json.dumps({**partition, "harmful": []}))
+    assert "No dataset was found to harm every group" in page_text(folder)
+    harm = {"task": "trec", "effect": -0.0213, "standard_error": 0.004, "partners": 7, "better": 0}
+    path.write_text(json.dumps({**partition, "harmful": [harm]}))
+    text = page_text(folder)
+    assert "Datasets that do harm" in text
+    assert "trec harms what trains beside it: joining their groups costs 7 other datasets 0.021 ± 0.004" in text
+
+
+def page_text(folder):
+    return Page(write_report(folder).read_text(encoding="utf-8")).text
+
+
 def test_definitions_seeds_and_configuration_are_there(html, report):
     text = Page(html).text
     for words in ("−log softmax", "FLOPs ratio", "Touched once", "Wilson", "chosen partition 7", "d = 400", "group-0"):
