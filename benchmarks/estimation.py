@@ -3,6 +3,8 @@
     python benchmarks/estimation.py examples/classify10.yaml --output runs/estimation --json estimation.json
     python benchmarks/estimation.py JOB.yaml --output DIR --only truth cost
 
+The figures in docs/validation.md are of one pass after the common one: `--set training.epochs=1 --set training.min_steps=60`.
+
 Everything is kept in run folders under `--output`, and the same command goes on where it stopped. Parts:
 
 - truth: `validate` on the job as it is: `--subsets` subsets of three really fine-tuned, the first `--repeats` of them twice
@@ -101,7 +103,7 @@ def truths(stages: Stages, subsets: int, repeats: int) -> list[RealRun]:
 
 
 def first_columns(features: TaskFeatures, dim: int) -> TaskFeatures:
-    """The task under the Rademacher map of `dim` columns: its first columns, scaled as that map's are."""
+    """The task under the Rademacher map of `dim` columns, the first of a larger one's, scaled as that map's are."""
     scale = np.float32(np.sqrt(features.dim / dim))
     return replace(
         features,
@@ -119,10 +121,12 @@ def dims(args: argparse.Namespace, config: JobConfig, truth: list[RealRun]) -> d
     """Errors with fewer columns of one Rademacher map."""
     from ray_ensemble.grouping import job_estimator
 
-    update = {"dim": max(DIMS), "projection": "rademacher"}
-    changed = config.model_copy(update={"gradients": config.gradients.model_copy(update=update)})
-    folder = args.output / "dims"
-    lend(args.output / "job", folder)
+    changed, folder = config, args.output / "job"
+    if config.gradients.projection != "rademacher" or config.gradients.dim < max(DIMS):
+        update = {"dim": max(DIMS), "projection": "rademacher"}
+        changed = config.model_copy(update={"gradients": config.gradients.model_copy(update=update)})
+        folder = args.output / "dims"
+        lend(args.output / "job", folder)
     with opened(folder, changed, "gradients") as stages:
         features = stages.features()
     found = {}
