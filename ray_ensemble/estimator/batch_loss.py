@@ -25,7 +25,8 @@ from ray_ensemble.estimator.loss import Vector
 PIECE_ROWS = 8192  # of a task that are widened at a time
 STRIPS = 4  # of a symmetric or triangular product of matrices: its upper part is left out, 3/8 of the work
 STRIP_DIM = 128  # below it there is nothing to save
-BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}  # of weighted rows at a time: what a cache holds, or enough to fill a GPU
+# Of weighted rows at a time: enough to fill a GPU; on a CPU one group's, so that float32 rounds the same in any company.
+BLOCK_BYTES = {"cpu": 1, "cuda": 2**28}
 
 Margins = list[Tensor]  # a bucket each: (E, L) float64, pairs of group and example × rows an example
 
@@ -75,7 +76,7 @@ class Part(NamedTuple):
     task: int
     piece: int
     places: NDArray[np.int64]
-    index: Tensor
+    where: Tensor
     first: int
 
 
@@ -195,7 +196,7 @@ class BatchLoss:
         for bucket in self.buckets:
             out = torch.empty_like(bucket.offsets)
             for part, rows, block in self._blocks(bucket, dtype):
-                out[rows] = (narrow[part.index] @ block.flatten(0, 1).T).view(-1, block.shape[1])  # (n, d) @ (d, N·L)
+                out[rows] = (narrow[part.where] @ block.flatten(0, 1).T).view(-1, block.shape[1])  # (n, d) @ (d, N·L)
             found.append(out)
         return found
 
@@ -205,7 +206,7 @@ class BatchLoss:
         for bucket, values in zip(self.buckets, margins, strict=True):
             for part, rows, block in self._blocks(bucket, dtype):
                 along = values[rows].view(len(part.places), -1).to(dtype)
-                total[part.index] += along @ block.flatten(0, 1)  # (n, N·L) @ (N·L, d)
+                total[part.where] += along @ block.flatten(0, 1)  # (n, N·L) @ (N·L, d)
         return total
 
     def value(self, fitted: Margins) -> Tensor:
@@ -332,7 +333,7 @@ class BatchLoss:
         size = max(1, BLOCK_BYTES[self.device.type] // (numbers * self.work.itemsize))
         count = (rows.stop - rows.start) // len(part.places)
         for first in range(0, len(part.places), size):
-            lot = part.index[first : first + size]
+            lot = part.where[first : first + size]
             begin = rows.start + first * count
             yield lot, slice(begin, begin + len(lot) * count)
 

@@ -6,7 +6,8 @@ Hessian at the end for examples left out. Every group of a batch has its own β,
 has ended leaves the batch.
 
 A group's fit must not tell who else was in the batch, though products round otherwise in another company. So a fit goes on to
-where rounding stops it (`FINE`), past the tolerance of `fit`; the exact Hessian is that of this point.
+where rounding stops it (`FINE`), past the tolerance of `fit`; the exact Hessian is that of this point, and what is made of it in
+float32 is made for one group at a time.
 
 Preconditioners are explicit inverses of Cholesky factors: a product with each is all that an iteration costs, where solves
 with one right-hand side are slow in batches on either device. On a CPU what need not be exact is made in float32 where λ allows,
@@ -162,7 +163,7 @@ class BatchedFits:
         for place, group in enumerate(groups):
             kinds.setdefault(self._work(group), []).append(place)
         for work, places in kinds.items():
-            budget = self._budget() - 3 * BLOCK_BYTES[self._device.type] - 16 * PIECE_ROWS * self._dim
+            budget = self._budget() - 3 * BLOCK_BYTES[self._device.type] - 24 * PIECE_ROWS * self._dim
             batch: list[int] = []
             held = 0
             for place in places:
@@ -406,7 +407,9 @@ def _inverse_factor(hessian: Tensor, penalty: Tensor) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(whole)
         failed = info != 0
         if not bool(failed.any()):
-            return _inverse(factor)
+            if factor.is_cuda:
+                return _inverse(factor)
+            return torch.cat([_inverse(one[None]) for one in factor])
         shift = torch.where(failed, 100.0 * shift, shift)
 
 
@@ -415,7 +418,8 @@ def _inverse(lower: Tensor) -> Tensor:
     size = lower.shape[1]
     if size <= LEAF:
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+        leaf: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+        return leaf
     half = size // 2
     found = torch.zeros_like(lower)
     found[:, :half, :half] = _inverse(lower[:, :half, :half])

@@ -95,7 +95,7 @@ def assert_same(some, others, tolerance=1e-8):
 
 @pytest.mark.parametrize("dim", [5, 60, 300])
 @pytest.mark.parametrize(("norm", "scale"), [(1.0, 1.0), (100.0, 1.0), (300.0, 30.0)])
-@pytest.mark.parametrize("regularization", [1.0, 1e-3, 1e-7])
+@pytest.mark.parametrize("regularization", [1e-1, 1e-7])
 def test_every_group_is_within_a_millionth_of_scipy(dim, norm, scale, regularization):
     tasks = make_tasks(dim, norm, scale, seed=dim)
     for group, fit in zip(GROUPS, fits(tasks, GROUPS, regularization), strict=True):
@@ -105,7 +105,7 @@ def test_every_group_is_within_a_millionth_of_scipy(dim, norm, scale, regulariza
         assert fit.objective == pytest.approx(objective(tasks, group, regularization, fit.beta), rel=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     dim=st.integers(1, 40),
     exponent=st.floats(-8, 3),
@@ -127,12 +127,24 @@ def test_fits_are_those_of_numpy(dim, exponent, norm, scale, seed):
         assert slope @ slope / (4 * regularization) <= 1e-6 * fit.objective or np.linalg.norm(slope) <= 1e-10 * norm
 
 
-def test_margins_of_examples_left_out_are_those_of_numpy():
-    tasks = make_tasks(50, norm=20.0, dtype=np.float64)
+@pytest.mark.parametrize("dim", [5, 140])
+def test_margins_of_examples_left_out_are_one_newton_step_away(dim):
+    """Against the definition, with dense matrices and an inverse."""
+    tasks = make_tasks(dim, norm=20.0, dtype=np.float64)
     for group, fit in zip(GROUPS, fits(tasks, GROUPS, 0.02), strict=True):
         rows, margins, weights, starts = stack_group(tasks, group)
-        one = fit_margins(rows, margins, weights, 0.02, starts=starts)
-        np.testing.assert_allclose(fit.left_out, one.left_out, rtol=1e-6, atol=1e-6)
+        fitted, hessian, pieces = margins + rows @ fit.beta, 0.04 * np.eye(dim), []
+        for weight, first, last in zip(weights, starts, [*starts[1:], len(rows)], strict=True):
+            share = np.exp(-fitted[first:last]) / (1 + np.exp(-fitted[first:last]).sum())
+            curvature = np.diag(share) - np.outer(share, share)
+            pieces.append((weight, rows[first:last], share, curvature))
+            hessian += weight * rows[first:last].T @ curvature @ rows[first:last]
+        expected = []
+        for (weight, mine, share, curvature), first in zip(pieces, starts, strict=True):
+            a = weight * mine @ np.linalg.inv(hessian) @ mine.T
+            step = np.linalg.solve(np.eye(len(share)) - a @ curvature, a @ share)
+            expected += list(fitted[first : first + len(share)] - step)
+        np.testing.assert_allclose(fit.left_out, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_converges_where_undamped_newton_diverges():
@@ -181,7 +193,7 @@ def test_batches_by_memory_and_pieces_of_tasks_change_nothing(dtype, monkeypatch
     whole = fits(tasks, GROUPS, 0.05)
     assert_same(fits(tasks, GROUPS, 0.05, memory=1), whole)
     monkeypatch.setattr(batch_loss, "PIECE_ROWS", 7)
-    monkeypatch.setattr(batch_loss, "BLOCK_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(batch_loss, "BLOCK_BYTES", {"cpu": 2**18})
     # Other pieces make sums in other orders, which tells in float32.
     assert_same(fits(tasks, GROUPS, 0.05), whole, 1e-8 if dtype is np.float64 else 1e-5)
 
@@ -203,7 +215,7 @@ def test_memory_bounds_a_batch(monkeypatch):
     monkeypatch.setattr(batched, "BLOCK_BYTES", {"cpu": 0})
     monkeypatch.setattr(batched, "PIECE_ROWS", 0)
     one = batched.MATRICES * 8 * 100**2 + 8 * batched.VECTORS * (4 * 25 + 40 + 60 + 9 + 100)
-    fits(tasks, GROUPS, 1e-3, memory=2 * one)
+    fits(tasks, GROUPS, 1e-4, memory=2 * one)
     assert max(sizes) <= 3
     assert sum(sizes) == 8  # the four tasks alone, and the groups of several
     assert len(sizes) < 8
