@@ -52,8 +52,8 @@ class Estimator:
     members to `GroupEstimate`. The object can be pickled if its cache can.
 
     With a `device`, "cpu" or "cuda", groups are fitted by `batched`, many at once in torch; without one by `fit`, one after
-    another in numpy. Both reach the same optimum; the estimates differ by what numpy leaves out in float32 (`loss`), some
-    1e-7 of a nat. A device that is not there is a `ValueError`.
+    another in numpy. Both reach the same optimum, and estimates that differ by less than 1e-6 of a nat. A device that is not
+    there is a `ValueError` when the first group is asked for.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ A trial clusters the affinity, improves the partition by local search on the est
 Trials share features (once in the object store) and fits (one actor, with a dictionary in front in every process);
 actors are reused. Every number depends on the inputs alone, never on how many trials run at once, which of them
 fitted a group, or on stops. Where the process that runs the search sees a GPU, it fits the groups of the affinity there,
-all at once; that changes estimates by some 1e-7 of a nat, so that fits on disk hold on either kind of machine.
+all at once; that changes estimates by less than 1e-6 of a nat, so that fits on disk hold on either kind of machine.
 """
 
 from __future__ import annotations
