@@ -12,6 +12,8 @@ in an order that rotates from round to round:
   the validation data. All datasets together are fitted by `Estimator.fit`, which does not cache.
 - ours-fit: `fit_margins` alone with the group's model ready; margins of examples left out included.
 - ours-cold: the same without a model.
+- torch-cpu, and torch-cuda where torch finds a GPU: as ours, by `Estimator(..., device=...)`, which fits all groups of the list
+  at once; all datasets together by `BatchedFits`. torch-cpu-fit, torch-cuda-fit: `BatchedFits` with the datasets' models ready.
 - newton: what the estimator did before: damped Newton from zero in float64, examples left out.
 - lbfgs: scipy's L-BFGS-B in float64 to a gradient of 1e-10; no examples left out. It and newton fit the first `--peer-groups`.
 - floor: reading the group's float32 features from memory once for each of ours' Newton steps, at the measured rate of a sum.
@@ -36,10 +38,12 @@ from typing import Any
 
 import fit_peers as peers
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.estimator import Estimator, choose_regularization, fit_margins, sample_subsets
+from ray_ensemble.estimator.batched import BatchedFits
 from ray_ensemble.estimator.budget import group_regularization, stack_group
 from ray_ensemble.estimator.estimator import Group
 from ray_ensemble.estimator.models import sampler_shares, sum_models, task_model
@@ -47,7 +51,10 @@ from ray_ensemble.estimator.planted import planted_tasks
 from ray_ensemble.files import write_json
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-OURS = ("ours", "ours-fit", "ours-cold")
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+BATCHED = {f"torch-{device}-fit": device for device in DEVICES}  # models ready
+BATCHED_WHOLE = {f"torch-{device}": device for device in DEVICES}
+OURS = ("ours", "ours-fit", "ours-cold", *BATCHED_WHOLE, *BATCHED)
 PEERS = ("newton", "lbfgs")
 FITS = 50
 
@@ -104,6 +111,9 @@ class Bench:
         started = CLOCKS[args.clock]()
         self.choice = choose_regularization(self.tasks, self.training, subsets)
         self.choice_seconds = CLOCKS[args.clock]() - started
+        self.batched = {name: BatchedFits(self.tasks, self.regularization, device) for name, device in BATCHED.items()}
+        for batched in self.batched.values():
+            list(batched.fit([(t,) for t in range(args.tasks)]))
         self.models = [task_model(self.tasks, t, self.regularization((t,)))[0] for t in range(args.tasks)]
 
     def regularization(self, group: Group) -> float:
@@ -119,11 +129,16 @@ class Bench:
 
     def run(self, name: str, groups: Sequence[Group]) -> list[peers.Solved]:
         """Fit all of `groups`."""
-        if name == "ours":
-            estimator = Estimator(self.tasks, self.training, self.choice.value)
+        if name in self.batched:
+            return _batch(self.batched[name], groups)
+        if name == "ours" or name in BATCHED_WHOLE:
+            device = BATCHED_WHOLE.get(name)
+            estimator = Estimator(self.tasks, self.training, self.choice.value, device=device)
             if len(set(groups)) == len(groups):
                 estimator.groups(groups)
                 return []
+            if device is not None:
+                return _batch(BatchedFits(self.tasks, self.regularization, device), groups)
             for group in groups:
                 estimator.fit(group)
             return []
@@ -148,6 +163,14 @@ class Bench:
         rows, margins, weights, starts = stack_group(self.tasks, group)
         summed = sum_models([self.models[t] for t in group], sampler_shares(self.tasks, group)) if model else None
         return fit_margins(rows, margins, weights, self.regularization(group), summed, starts=starts).flops
+
+
+def _batch(batched: BatchedFits, groups: Sequence[Group]) -> list[peers.Solved]:
+    found = dict(batched.fit(groups))
+    if not all(fit.converged for fit in found.values()):
+        raise SystemExit("a fit of a batch did not converge")
+    fits = [found[place] for place in range(len(groups))]
+    return [peers.Solved(fit.beta, fit.objective, fit.iterations) for fit in fits]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -189,7 +212,8 @@ def measure(bench: Bench, label: str, groups: list[Group]) -> list[Row]:
                 solved[name] = found
         print(f"{label}: round {r + 1} of {args.rounds} done", file=sys.stderr, flush=True)
     gap = gaps(bench, groups, solved)
-    wrong = {name: gap[name] for name in ("ours-fit", "ours-cold") if not gap[name] <= args.tolerance}
+    held = [name for name in names if name in gap and name not in PEERS]
+    wrong = {name: gap[name] for name in held if not gap[name] <= args.tolerance}
     if wrong:
         raise SystemExit(f"objectives further than {args.tolerance:g} above the best: {wrong}")
     each = {name: [s / len(lists[name]) for s in taken] for name, taken in seconds.items()}
@@ -258,6 +282,8 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "threads": args.threads,
         "clock": args.clock,
         "numpy": np.__version__,
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_before": os.getloadavg()[0],
     }
 
@@ -266,6 +292,7 @@ def main(argv: Sequence[str]) -> None:
     """Measure, print, write."""
     args = arguments(argv)
     about = machine(args)
+    torch.set_num_threads(args.threads)
     with threadpool_limits(limits=args.threads):
         bench = Bench(args)
         rows = [row for label, groups in bench.lists.items() for row in measure(bench, label, groups)]

@@ -3,6 +3,7 @@
 - `features`: a task as projected gradients, and the two halves of its validation data
 - `loss`: value, gradient and curvature of a group's loss, and its examples left out
 - `fit`: the regularised logistic fit, by preconditioned Newton steps that never raise the objective
+- `batched`: the same for many groups at once, in torch on a CPU or a GPU, with their losses in `batch_loss`
 - `models`: second-order models of the tasks' losses, which add up to where a group's fit starts
 - `predict`: loss and accuracy from linearised label scores
 - `budget`: λ of a group by the steps that it will be trained for, and the choice of λ

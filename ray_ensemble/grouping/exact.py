@@ -60,6 +60,10 @@ def exact_optima(tasks: int, value: Callable[[Group], float], price: float = 0.0
 
 def estimated_optima(estimator: Estimator, metric: Metric = "loss", price: float = 0.0) -> dict[int, Optimum]:
     """`exact_optima` of the estimated objective on the search half; fits every group there is."""
+    if len(estimator) <= EXACT_TASKS:
+        estimator.groups(
+            _members(group) for group in range(1, 1 << len(estimator))
+        )  # all at once where there is a device
     return exact_optima(len(estimator), group_value(estimator, metric), price)
 
 
