@@ -8,6 +8,7 @@
 - `budget`: λ of a group by the steps that it will be trained for, and the choice of λ
 - `estimator`: the estimate of a group, cached, and the objective of a partition
 - `planted`: generated tasks with a known grouping, for tests and benchmarks
+- `similarity`: how alike tasks are by one vector each, for groupings that estimate nothing
 - `affinity`: which task helps which, over sampled subsets
 """
 
