@@ -24,9 +24,7 @@ def test_shares_add_up_and_are_within_a_step_of_proportional(examples, epochs, b
     found = task_steps(examples, training)
     total = math.ceil(epochs * sum(examples) / batch)
     assert sum(found) == total
-    assert all(
-        abs(share - total * count / sum(examples)) < 1 for share, count in zip(found, examples, strict=True)
-    )
+    assert all(abs(share - total * count / sum(examples)) < 1 for share, count in zip(found, examples, strict=True))
 
 
 def test_even_tasks_have_even_shares_whatever_the_floor():
