@@ -272,7 +272,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table | str]:
     table = text_table(
         title=f"Partitions of {len(figures['tasks'])} tasks, really trained: means over tasks on {figures['split']}",
         caption=f"estimated: {kind} on either half of the validation data; − found: on the same examples, with its 95% "
-        f"interval over examples; ±: standard deviation over {seeds} trainings; = : the same partition",
+        "interval over examples; = : the same partition"
+        + (f"; ±: standard deviation over {seeds} trainings" if seeds > 1 else ""),
     )
     table.add_column("partition")
     for column in ("m", "steps", "est. search", "est. report", "loss", "− found", "accuracy", "− found, points"):
