@@ -37,20 +37,33 @@ class RealRun:
 
 
 def fine_tune(
-    stages: Stages, wanted: Sequence[tuple[tuple[int, ...], int]], split: TruthSplit = "validation"
+    stages: Stages,
+    wanted: Sequence[tuple[tuple[int, ...], int]],
+    split: TruthSplit = "validation",
+    steps: Sequence[int] | None = None,
 ) -> list[RealRun]:
     """Train an adapter for every (members, seed) and score it on its members' examples of `split`.
 
-    `seed` is added to the job's own training seed. The budget of each is the one that a group of these members gets.
-    Errors as for `train_adapters` and `score_all`.
+    Args:
+        stages: of a run whose plan and tasks are there.
+        wanted: tasks (indices) of each adapter, and a seed that is added to the job's own training seed.
+        split: what the adapters are scored on.
+        steps: the budget of each, in optimiser steps; by default the one that a group of these members gets.
+
+    Raises:
+        ValueError: not a budget for each adapter.
+        InputError, RunError: as for `train_adapters` and `score_all`.
     """
+    if steps is not None and len(steps) != len(wanted):
+        raise ValueError(f"{len(steps)} budgets for {len(wanted)} adapters")
     stages.need_ray()
     tasks, settings = stages.encoded, stages.config.training
     jobs = []
-    for members, seed in wanted:
+    for place, (members, seed) in enumerate(wanted):
         names = tuple(tasks[i].name for i in members)
-        steps = settings.steps(sum(len(tasks[i]["train"]) for i in members))
-        jobs.append(AdapterJob("+".join(names) + f"#{seed}", names, steps, settings.seed + seed))
+        own = settings.steps(sum(len(tasks[i]["train"]) for i in members)) if steps is None else steps[place]
+        # The budget is part of the name, under which the adapter is looked up once it is trained.
+        jobs.append(AdapterJob("+".join(names) + f"#{seed} ({own} steps)", names, own, settings.seed + seed))
     trained = train_adapters(jobs, tasks, stages.config, stages.folder.path, asdict(stages.spec), stages.base_hashes)
     requests = [
         ScoreRequest(trained[job.name].folder, tasks[i], tasks[i][split])

@@ -10,6 +10,7 @@
 - `calibration`: the choice of λ by really fine-tuned subsets
 - `estimator`: the estimate of a group, cached, and the objective of a partition
 - `planted`: generated tasks with a known grouping, for tests and benchmarks
+- `similarity`: how alike tasks are by one vector each, for groupings that estimate nothing
 - `affinity`: which task helps which, over sampled subsets
 """
 

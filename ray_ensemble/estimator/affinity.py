@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ray_ensemble.config import EstimatorConfig
 from ray_ensemble.estimator.estimator import Estimator, Group, Metric
 from ray_ensemble.estimator.features import TaskFeatures
+from ray_ensemble.estimator.similarity import cosines
 
 Matrix = NDArray[np.float64]
 
@@ -85,10 +86,7 @@ def gradient_similarity(features: Sequence[TaskFeatures]) -> Matrix:
     It costs no fit: the direction in which a task would first move θ, by which partners are looked for among many tasks.
     """
     means = np.stack([task.train_features.mean(axis=0, dtype=np.float64) for task in features])  # (n, d)
-    norms = np.linalg.norm(means, axis=1, keepdims=True)
-    units = np.divide(means, norms, out=np.zeros_like(means), where=norms > 0)
-    cosines = units @ units.T
-    return np.asarray((cosines + cosines.T) / 2.0)
+    return cosines(means)
 
 
 def nearest_pairs(similarity: Matrix, neighbours: int) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@
 - `objective`: what a partition is judged by, and the paired comparison of two (no Ray)
 - `exact`: the exact optimum for few tasks, the search's yardstick (no Ray)
 - `clustering`: first partitions from an affinity, by semidefinite relaxation or spectrally (no Ray)
+- `baselines`: random partitions, and groups by a similarity that estimates nothing (no Ray)
 - `reassignment`: batches of moves for many tasks (no Ray)
 - `cases`: the trials of a search, and one trial as a pure function (no Ray)
 - `harm`: tasks that every group is better without (no Ray)
