@@ -94,6 +94,7 @@ def test_the_estimate_at_the_budget_is_the_search_s_own_where_no_floor_binds(ben
     assert benchmark.at_budget(high).regularization == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_partition_is_trained_with_one_budget_and_never_twice(
     ray_cluster, benchmark, tiny_model, tmp_path, capsys, monkeypatch
