@@ -181,9 +181,12 @@ class Stages:
         return files, {"flops": flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
 
     def train(self) -> Outcome:
-        """One adapter a group, and the baseline on everything with the same total of steps, all side by side."""
+        """One adapter a group, and the baseline on everything with the same total of steps, all side by side.
+
+        With `gradients.start: meta` the baseline starts fresh and gets the warm-up's steps too, in one schedule.
+        """
         from ray_ensemble.evaluation import training_flops
-        from ray_ensemble.training import AdapterJob, train_adapters
+        from ray_ensemble.training import AdapterJob, StartingPoint, train_adapters
 
         self.need_ray()
         examples = {task.name: len(task["train"]) for task in self.encoded}
@@ -192,8 +195,11 @@ class Stages:
             AdapterJob(name, tuple(group), settings.steps(sum(examples[t] for t in group)), settings.seed)
             for name, group in zip(self._group_names, self._partition, strict=True)
         ]
-        steps = sum(job.steps for job in jobs)
-        baseline = AdapterJob("qlora_all", tuple(examples), steps, settings.seed)
+        steps, fresh = sum(job.steps for job in jobs), None
+        if self._warm:
+            steps += self.config.gradients.meta_steps
+            fresh = StartingPoint(self._init, self._plan["adapter"]["hash"])
+        baseline = AdapterJob("qlora_all", tuple(examples), steps, settings.seed, fresh)
         trained = train_adapters(
             [*jobs, baseline], self.encoded, self.config, self.folder.path, asdict(self.spec), self.base_hashes
         )

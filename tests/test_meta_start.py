@@ -67,16 +67,29 @@ def test_gradients_are_taken_and_adapters_trained_from_the_meta_start(ray_cluste
 
     with ExitStack() as stack:
         (run,) = fine_tune(Stages(RunFolder(folder, config), stack), [((0, 1), 0)])
-    group = list(tasks)[:2]
-    pool = [(tasks[name], example) for name in tasks if name in group for example in tasks[name]["train"]]
+    names = list(tasks)
+    assert first_loss(run.folder) == pytest.approx(batch_loss(model, tasks, names[:2], config), rel=1e-3)
+
+    # The baseline has no part in the common start: it gets those steps too, from θ₀ as it was drawn.
+    job.train(folder)
+    steps = [json.loads((path / "result.json").read_text())["steps"] for path in (folder / "adapters").iterdir()]
+    baseline = folder / "baselines" / "qlora_all"
+    assert json.loads((baseline / "result.json").read_text())["steps"] == 12 + sum(steps)
+    untrained = attach_adapters(load_base(tiny_model, "none", torch.device("cpu")), {"default": drawn})
+    assert first_loss(baseline) == pytest.approx(batch_loss(untrained, tasks, names, config), rel=1e-3)
+
+
+def first_loss(adapter: Path) -> float:
+    return json.loads((adapter / "train.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def batch_loss(model, tasks, members, config) -> float:
+    """Mean loss of the examples of a first training step on `members`, one by one."""
+    pool = [(tasks[name], example) for name in members for example in tasks[name]["train"]]
     losses = []
     for i in sample_batch(0, len(pool), config.training.batch_size, config.training.seed):
         member, example = pool[i]
         one = make_batch([example], [LabelTree.of(member.label_ids)], len(member.labels), 0, torch.device("cpu"))
         with torch.no_grad():
             losses.append(float(score_loss(label_scores(model, one), one.labels)))
-    first = json.loads((run.folder / "train.jsonl").read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
-
-    again = job.gradients(tmp_path / "run").folder
-    assert sha256_file(again / "start" / "adapter_model.safetensors") == store.info["adapter"]
+    return float(np.mean(losses))

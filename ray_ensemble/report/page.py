@@ -234,10 +234,12 @@ def _harm(data: RunData) -> Html:
 
 def _training(data: RunData, figures: Figures) -> Html:
     train = data.config.training
+    warm = " and the common start" if data.config.gradients.start == "meta" else ""
     text = (
         f"{train.epochs} epochs or {train.min_steps} steps, whichever is more, in batches of {train.batch_size}; learning rate "
         f"{train.learning_rate:g} ({train.schedule}); LoRA rank {data.config.adapter.rank} on "
-        f"{', '.join(data.config.adapter.target_modules)}. The one QLoRA on all data gets as many steps as all groups together."
+        f"{', '.join(data.config.adapter.target_modules)}. The one QLoRA on all data gets as many steps as all groups{warm} "
+        "together."
     )
     return section(
         "Training",

@@ -26,13 +26,22 @@ _START_TIMEOUT_S = "300"
 
 
 @dataclass(frozen=True)
+class StartingPoint:
+    """An adapter that training starts from: its folder and the hash of its weights."""
+
+    folder: Path
+    hash: str
+
+
+@dataclass(frozen=True)
 class AdapterJob:
-    """One adapter to train: its name in this run, the tasks it learns, and its budget."""
+    """One adapter to train: its name in this run, the tasks it learns, its budget, and where it starts if not where all do."""
 
     name: str
     members: tuple[str, ...]
     steps: int
     seed: int
+    start: StartingPoint | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ def job_key(job: AdapterJob, tasks: Sequence[EncodedTask], config: JobConfig, ba
         del settings[key]  # they say how and for how long; `steps` and `seed` of the job say what
     # In the job's order, which is the order that the sampler counts in.
     data = [[task.name, split_hash(task, task["train"])] for task in tasks if task.name in job.members]
+    if job.start is not None:
+        base = {**base, "adapter": job.start.hash}
     content = {"data": data, "steps": job.steps, "seed": job.seed, "training": settings, "base": base}
     return sha256_json(content)[:20]
 
@@ -194,6 +205,8 @@ def _run_one(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S)
+    if job.start is not None:
+        model = {**model, "initial_adapter": str(job.start.folder)}
     resources: dict[str, float] = {"CPU": training.cpus}
     if gpus:
         resources["GPU"] = gpus
