@@ -77,10 +77,10 @@ class Estimator:
         """β of a group, not cached, and the λ that it was fitted with. Members out of range are an `IndexError`."""
         group = self._group(members)
         regularization = self._regularization(group)
-        rows, margins, weights, starts = stack_group(self.features, group)
+        rows, margins, weights, starts = stack_group(self.features, group, self.training.sampling)
         model = None
         if not is_reduced(*rows.shape):
-            shares = sampler_shares(self.features, group)
+            shares = sampler_shares(self.features, group, self.training.sampling)
             model = sum_models((self._model(task)[0] for task in group), shares)
         fit = fit_margins(rows, margins, weights, regularization, model, starts=starts)
         return fit, regularization
