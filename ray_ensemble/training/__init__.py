@@ -4,9 +4,11 @@ from ray_ensemble.training.jobs import AdapterJob, TrainedAdapter, job_key, trai
 from ray_ensemble.training.learner import TrainingState, learning_rate
 from ray_ensemble.training.loop import train_adapter
 from ray_ensemble.training.sampling import draw, sample_batch
+from ray_ensemble.training.together import AdapterRun, train_together
 
 __all__ = [
     "AdapterJob",
+    "AdapterRun",
     "TrainedAdapter",
     "TrainingState",
     "draw",
@@ -15,4 +17,5 @@ __all__ = [
     "sample_batch",
     "train_adapter",
     "train_adapters",
+    "train_together",
 ]
