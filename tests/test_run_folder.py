@@ -79,7 +79,7 @@ def test_a_folder_from_before_a_key_existed_is_the_job_that_leaves_the_key_at_it
     file.write_text(yaml.safe_dump(older))
     again = RunFolder(tmp_path / "run", job())
     assert all(again.whole(stage) for stage in STAGES)
-    with pytest.raises(InputError, match='training.sampling: "examples" -> "tasks"'):
+    with pytest.raises(InputError, match=r'training\.sampling: "examples" -> "tasks"'):
         RunFolder(tmp_path / "run", job(training={"sampling": "tasks"}))
 
 
