@@ -180,8 +180,27 @@ class SearchConfig(Section):
         return value
 
 
+class EarlyStopConfig(Section):
+    """Look at the validation loss every so many steps, and stop after `patience` looks in a row without a better one."""
+
+    every: Count = 50
+    patience: Count = 3
+
+
+Sampling = Literal["examples", "tasks"]
+
+
 class TrainingConfig(Section):
-    """How every adapter is trained: groups, baseline and validation runs alike."""
+    """How every adapter is trained: groups, baseline and validation runs alike.
+
+    `sampling: examples` draws every example of a group equally often; `tasks` draws every task equally often, and every example
+    of a task. `early_stop` looks at the search half of the group's validation examples and keeps the best adapter.
+
+    A step's batch is cut into micro-batches of at most `batch_tokens` padded tokens, which are halved when memory runs out.
+    `activation_checkpointing` recomputes activations in the backward pass, which costs a forward pass and saves most of the
+    memory that grows with the batch; the result is the same. `precision: auto` is bf16 autocast on a GPU that has it, fp32
+    elsewhere. `optimizer: paged_adamw` (GPU only) lets the optimiser's state move to host memory.
+    """
 
     epochs: Count = 2
     min_steps: Annotated[int, Field(ge=0)] = 200
@@ -191,6 +210,12 @@ class TrainingConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Fraction = 1.0
+    sampling: Sampling = "examples"
+    early_stop: EarlyStopConfig | None = None
+    optimizer: Literal["adamw", "paged_adamw"] = "adamw"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    batch_tokens: Count = 8192
+    activation_checkpointing: bool = False
     checkpoint_every: Count = 50
     max_failures: Annotated[int, Field(ge=0)] = 2
     strategy: Literal["none"] = "none"

@@ -26,7 +26,14 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     "plan": ("model.", "adapter."),
     "tasks": ("tasks.", "limits."),
     "gradients": ("gradients.",),
-    "search": ("estimator.", "search.", "training.epochs", "training.min_steps", "training.batch_size"),
+    "search": (
+        "estimator.",
+        "search.",
+        "training.epochs",
+        "training.min_steps",
+        "training.batch_size",
+        "training.sampling",
+    ),
     "train": ("training.", "boosting."),
     "ensemble": ("ensemble.",),
     "evaluate": (),
@@ -40,6 +47,8 @@ _FREE = (
     "training.gpus",
     "training.max_failures",
     "training.checkpoint_every",
+    "training.batch_tokens",
+    "training.activation_checkpointing",
 )
 
 

@@ -105,7 +105,7 @@ def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]
         tasks = [stages.encoded[i] for i in run.members]
         probed = tuple((task.label_ids, task["validation"][:PROBED]) for task in tasks)
         fit, _ = estimator.fit(run.members)
-        weights = stack_group(estimator.features, run.members)[2]
+        weights = stack_group(estimator.features, run.members, estimator.training.sampling)[2]
         shares = lifting_shares(estimator.features, run.members, fit.beta, weights)
         counts = [len(each) for each in shares]  # gradients.max_examples may leave out the rest
         train = tuple(

@@ -30,7 +30,7 @@ from ray_ensemble.real_runs import fine_tune
 from ray_ensemble.run_folder import RunFolder
 from ray_ensemble.stages import Stages, encode_all
 from ray_ensemble.tasks import load_tasks
-from ray_ensemble.training.loop import sample_batch
+from ray_ensemble.training import sample_batch
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
@@ -39,7 +40,9 @@ def finish_all(folder: RunFolder) -> None:
         ({"search": {"price": 0.1}}, "search"),
         ({"search": {"rule": "one_standard_error"}}, "search"),
         ({"training": {"min_steps": 3}}, "search"),
+        ({"training": {"sampling": "tasks"}}, "search"),
         ({"training": {"learning_rate": 0.1}}, "train"),
+        ({"training": {"early_stop": {"every": 5}}}, "train"),
         ({"ensemble": {"weights": "uniform"}}, "ensemble"),
     ],
 )
@@ -61,6 +64,23 @@ def test_keys_that_only_change_speed_are_free(tmp_path):
     finish_all(folder)
     again = RunFolder(tmp_path / "run", job(gradients={"replicas": 7}, training={"concurrency": 1, "cpus": 2.0}))
     assert all(again.whole(stage) for stage in STAGES)
+    # What a run that ran out of memory is told to change.
+    again = RunFolder(tmp_path / "run", job(training={"batch_tokens": 99, "activation_checkpointing": True}))
+    assert all(again.whole(stage) for stage in STAGES)
+
+
+def test_a_folder_from_before_a_key_existed_is_the_job_that_leaves_the_key_at_its_default(tmp_path):
+    folder = RunFolder(tmp_path / "run", job())
+    finish_all(folder)
+    file = folder / "config.yaml"
+    older = yaml.safe_load(file.read_text())
+    for key in ("sampling", "early_stop", "optimizer", "precision", "batch_tokens", "activation_checkpointing"):
+        del older["training"][key]
+    file.write_text(yaml.safe_dump(older))
+    again = RunFolder(tmp_path / "run", job())
+    assert all(again.whole(stage) for stage in STAGES)
+    with pytest.raises(InputError, match=r'training\.sampling: "examples" -> "tasks"'):
+        RunFolder(tmp_path / "run", job(training={"sampling": "tasks"}))
 
 
 @pytest.mark.parametrize("harm", ["missing", "changed"])

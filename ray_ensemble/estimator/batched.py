@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_ensemble.config import Sampling
 from ray_ensemble.estimator.batch_loss import BLOCK_BYTES, PIECE_ROWS, BatchLoss, Margins, Point, TaskRows, task_rows
 from ray_ensemble.estimator.budget import sampler_weights
 from ray_ensemble.estimator.estimator import Group
@@ -75,6 +76,7 @@ class BatchedFits:
         regularization: Callable[[Group], float],
         device: str = "cpu",
         memory: int | None = None,
+        sampling: Sampling = "examples",
     ) -> None:
         kind = device.partition(":")[0]
         if kind not in BLOCK_BYTES or (kind == "cuda" and not torch.cuda.is_available()):
@@ -83,6 +85,7 @@ class BatchedFits:
         self._features, self._regularization = tuple(features), regularization
         self._dim = self._features[0].dim
         self._memory = memory
+        self._sampling = sampling
         self._rows: dict[int, list[TaskRows]] = {}
         self._models: dict[int, _Model] = {}
         self._alone: dict[int, Fit] = {}
@@ -124,7 +127,7 @@ class BatchedFits:
         penalties = [self._regularization(group) for group in groups]
         if not all(np.isfinite(value) and value > 0 for value in penalties):
             raise ValueError(f"regularization must be positive and finite, not {penalties}")
-        weights = [sampler_weights(self._features, group) for group in groups]
+        weights = [sampler_weights(self._features, group, self._sampling) for group in groups]
         tasks = {task for group in groups for task in group}
         rows = {task: self._task_rows(task) for task in tasks}
         loss = BatchLoss.of(rows, groups, weights, self._dim, self._device, self._work(groups[0]))
@@ -146,7 +149,7 @@ class BatchedFits:
         hessian = torch.zeros(len(groups), dim, dim, dtype=work, device=self._device)
         slope = torch.zeros(len(groups), dim, dtype=torch.float64, device=self._device)
         for place, group in enumerate(groups):
-            for task, share in zip(group, sampler_shares(self._features, group), strict=True):
+            for task, share in zip(group, sampler_shares(self._features, group, self._sampling), strict=True):
                 model = self._models[task]
                 hessian[place].add_(model.hessian.to(self._device, work), alpha=float(share))
                 slope[place].add_(model.slope, alpha=float(share))
@@ -197,7 +200,7 @@ class BatchedFits:
             and all(self._features[task].train_features.dtype == np.float32 for task in group)
         )
         if narrow:
-            shares = sampler_shares(self._features, group)
+            shares = sampler_shares(self._features, group, self._sampling)
             trace = sum(share * self._largest_trace(task) for task, share in zip(group, shares, strict=True))
             narrow = ROUNDING * trace <= TRUSTED * 2.0 * self._regularization(group)
         return torch.float32 if narrow else torch.float64

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_ensemble.config import TrainingConfig
+from ray_ensemble.config import Sampling, TrainingConfig
 from ray_ensemble.estimator.features import FloatArray, IntArray, TaskFeatures, validation_halves
 from ray_ensemble.estimator.fit import Fit, fit_path
 from ray_ensemble.estimator.loss import Vector
@@ -58,22 +58,28 @@ def first_rows(features: Sequence[TaskFeatures], members: Sequence[int]) -> list
 
 
 def stack_group(
-    features: Sequence[TaskFeatures], members: Sequence[int]
+    features: Sequence[TaskFeatures], members: Sequence[int], sampling: Sampling = "examples"
 ) -> tuple[FloatArray, FloatArray, Vector, IntArray]:
     """Training rows (M, d), margins (M,), weights (N,) and first rows (N,) of a group's N examples."""
     rows = np.concatenate([features[task].train_features for task in members])
     margins = np.concatenate([features[task].train_margins for task in members])
     firsts = first_rows(features, members)
     starts = np.concatenate([features[task].starts + first for task, first in zip(members, firsts, strict=True)])
-    return rows, margins, sampler_weights(features, members), starts
+    return rows, margins, sampler_weights(features, members, sampling), starts
 
 
-def sampler_weights(features: Sequence[TaskFeatures], members: Sequence[int]) -> Vector:
+def sampler_weights(
+    features: Sequence[TaskFeatures], members: Sequence[int], sampling: Sampling = "examples"
+) -> Vector:
     """How often training on a group draws each of its N examples: (N,), sum 1, the members' examples in turn.
 
-    The training sampler draws every example of a group equally often. Another sampler needs other weights, or the estimate
-    models another training; inside a task they must not depend on the group, since its model of the loss is shared by groups.
+    With `sampling: examples` every example of a group is drawn equally often, with `tasks` every member and every example of
+    it (`training.sampling`). Another sampler needs other weights, or the estimate models another training; inside a task
+    they must not depend on the group, since its model of the loss is shared by groups.
     """
+    if sampling == "tasks":
+        sizes = np.array([features[task].examples for task in members])
+        return np.repeat(1.0 / (len(members) * sizes), sizes)
     count = total_examples(features, members)
     return np.full(count, 1.0 / count)
 
@@ -117,7 +123,7 @@ def choose_regularization(
     paths = {}
     for group in groups:
         path = [group_regularization(value, training, features, group) for value in grid]
-        rows, margins, weights, starts = stack_group(features, group)
+        rows, margins, weights, starts = stack_group(features, group, training.sampling)
         paths[group] = fit_path(rows, margins, weights, path, starts=starts, tolerance=PATH_TOLERANCE)
     losses: list[float] = []
     flops = 0

@@ -38,7 +38,7 @@ def estimates_along(
 ) -> tuple[list[tuple[Estimate, ...]], int]:
     """Estimates of every member on all its validation examples for each λ_ref of `grid` (falling), and the operations spent."""
     path = [group_regularization(value, training, features, members) for value in grid]
-    rows, margins, weights, starts = stack_group(features, members)
+    rows, margins, weights, starts = stack_group(features, members, training.sampling)
     found, flops = [], 0
     for fit in fit_path(rows, margins, weights, path, starts=starts, tolerance=PATH_TOLERANCE):
         found.append(

@@ -87,10 +87,10 @@ class Estimator:
         """β of a group, not cached, and the λ that it was fitted with, in numpy. Members out of range are an `IndexError`."""
         group = self._group(members)
         regularization = self._regularization(group)
-        rows, margins, weights, starts = stack_group(self.features, group)
+        rows, margins, weights, starts = stack_group(self.features, group, self.training.sampling)
         model = None
         if not is_reduced(*rows.shape):
-            shares = sampler_shares(self.features, group)
+            shares = sampler_shares(self.features, group, self.training.sampling)
             model = sum_models((self._model(task)[0] for task in group), shares)
         fit = fit_margins(rows, margins, weights, regularization, model, starts=starts)
         return fit, regularization
@@ -159,7 +159,9 @@ class Estimator:
         if self._batched is None:
             from ray_ensemble.estimator.batched import BatchedFits
 
-            self._batched = BatchedFits(self.features, self._regularization, self._device)
+            self._batched = BatchedFits(
+                self.features, self._regularization, self._device, sampling=self.training.sampling
+            )
         for place, fit in self._batched.fit(groups):
             yield groups[place], self._estimate(groups[place], fit, 0)
 

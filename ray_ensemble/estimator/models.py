@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ray_ensemble.config import Sampling
 from ray_ensemble.estimator.budget import sampler_weights, stack_group
 from ray_ensemble.estimator.features import TaskFeatures
 from ray_ensemble.estimator.fit import Model, loss_model
@@ -24,10 +25,10 @@ def task_model(features: Sequence[TaskFeatures], task: int, regularization: floa
     return loss_model(rows, margins, weights, regularization, starts)
 
 
-def sampler_shares(features: Sequence[TaskFeatures], members: Sequence[int]) -> Vector:
+def sampler_shares(features: Sequence[TaskFeatures], members: Sequence[int], sampling: Sampling = "examples") -> Vector:
     """Share of the examples of a group that the sampler draws from each member, sum 1."""
     firsts = np.cumsum([0] + [features[task].examples for task in members[:-1]])
-    shares: Vector = np.add.reduceat(sampler_weights(features, members), firsts)
+    shares: Vector = np.add.reduceat(sampler_weights(features, members, sampling), firsts)
     return shares
 
 

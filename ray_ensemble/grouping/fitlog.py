@@ -83,7 +83,9 @@ def fingerprint(features: Sequence[TaskFeatures], config: JobConfig, truths: Seq
     settings = {
         "estimator": config.estimator.model_dump(),
         "search": config.search.model_dump(),
-        "training": [training.epochs, training.min_steps, training.batch_size],
+        # The usual sampling goes without saying: logs are older than the choice.
+        "training": [training.epochs, training.min_steps, training.batch_size]
+        + ([] if training.sampling == "examples" else [training.sampling]),
         "features": digest.hexdigest(),
         "truths": [asdict(truth) for truth in truths],
         "solver": SOLVER,

@@ -23,6 +23,16 @@ from ray_ensemble.tasks import EncodedTask, split_hash
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _START_TIMEOUT_S = "300"
+# Settings that the key of a trained adapter always holds, and those that say how and for how long, not what.
+_HASHED = frozenset(
+    ("batch_size", "learning_rate", "warmup", "schedule", "weight_decay", "max_grad_norm", "strategy", "threads")
+)
+_NOT_HASHED = frozenset(
+    (
+        "concurrency", "min_steps", "epochs", "cpus", "gpus", "max_failures", "checkpoint_every", "seed", "pack",
+        "batch_tokens", "activation_checkpointing",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,24 +72,20 @@ def job_key(job: AdapterJob, tasks: Sequence[EncodedTask], config: JobConfig, ba
 
     Names of groups are left out, so that validation, baselines and later searches never train the same thing twice.
     """
-    settings = config.training.model_dump(mode="json")
-    for key in (
-        "concurrency",
-        "min_steps",
-        "epochs",
-        "cpus",
-        "gpus",
-        "max_failures",
-        "checkpoint_every",
-        "seed",
-        "pack",
-    ):
-        del settings[key]  # they say how and for how long; `steps` and `seed` of the job say what
+    settings = {
+        key: value
+        for key, value in config.training.model_dump(mode="json").items()
+        # `steps` and `seed` of the job stand for the config's. A key that came later counts once it is set, so that what
+        # was trained before there was such a key is still found.
+        if key in _HASHED or (key not in _NOT_HASHED and value != TrainingConfig.model_fields[key].default)
+    }
     # In the job's order, which is the order that the sampler counts in.
     data = [[task.name, split_hash(task, task["train"])] for task in tasks if task.name in job.members]
     if job.start is not None:
         base = {**base, "adapter": job.start.hash}
     content = {"data": data, "steps": job.steps, "seed": job.seed, "training": settings, "base": base}
+    if config.training.early_stop is not None:
+        content["validation"] = [split_hash(task, task["validation"]) for task in tasks if task.name in job.members]
     return sha256_json(content)[:20]
 
 

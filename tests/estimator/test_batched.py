@@ -289,3 +289,20 @@ def test_a_gpu_gives_what_a_cpu_gives():
     subsets = sample_subsets(6, 12, 3, 0)
     found = (Estimator(planted, TrainingConfig(), 0.1, device=device).groups(subsets) for device in ("cuda", None))
     assert_estimates_agree(*found, 1e-6)
+
+
+def test_batches_weigh_examples_as_the_sampler_draws_them():
+    tasks = planted_tasks(4, 2, train=30, validation=20, dim=12, labels=3, seed=2)[0]
+    small = planted_tasks(4, 2, train=12, validation=20, dim=12, labels=3, seed=3)[0]
+    tasks = [*tasks[:2], *small[:2]]
+    groups = [(0, 2), (0, 1, 3), (2, 3)]
+    found = {}
+    for sampling in ("examples", "tasks"):
+        training = TrainingConfig(min_steps=0, sampling=sampling)
+        alone, batched = (Estimator(tasks, training, 0.1, device=device).groups(groups) for device in (None, "cpu"))
+        for one, other in zip(alone, batched, strict=True):
+            for a, b in zip(one.search, other.search, strict=True):
+                assert b.loss == pytest.approx(a.loss, rel=1e-6)
+        found[sampling] = [each.search[0].loss for each in batched]
+    assert abs(found["tasks"][0] - found["examples"][0]) > 1e-4  # groups of unequal tasks differ
+    assert found["tasks"][2] == pytest.approx(found["examples"][2], rel=1e-9)  # equal ones do not
