@@ -126,6 +126,7 @@ def dims(args: argparse.Namespace, config: JobConfig, truth: list[RealRun]) -> d
         update = {"dim": max(DIMS), "projection": "rademacher"}
         changed = config.model_copy(update={"gradients": config.gradients.model_copy(update=update)})
         folder = args.output / "dims"
+        RunFolder(folder, changed)  # claims it
         lend(args.output / "job", folder)
     with opened(folder, changed, "gradients") as stages:
         features = stages.features()
