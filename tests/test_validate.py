@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ import torch
 from ray_ensemble import Job
 from ray_ensemble.cli import main
 from ray_ensemble.errors import InputError
+from ray_ensemble.estimator import calibrate_regularization
+from ray_ensemble.real_runs import calibration_truths
+from ray_ensemble.run_folder import RunFolder
+from ray_ensemble.stages import Stages
 
 pytestmark = pytest.mark.ray
 
@@ -71,3 +76,24 @@ def test_again_trains_nothing_and_says_the_same(validated: Path, whole_job: Path
 def test_counts_that_make_no_sense_are_refused(validated: Path, whole_job: Path, subsets, repeats, said):
     with pytest.raises(InputError, match=said):
         Job.from_yaml(whole_job).validate(validated, subsets=subsets, repeats=repeats)
+
+
+def test_calibration_trains_other_subsets_and_takes_their_regularization(validated: Path, whole_job: Path, tmp_path):
+    """λ is the one nearest to what the calibration's run reached, and that run has no part in what `validate` tells."""
+    folder = tmp_path / "run"
+    shutil.copytree(validated, folder)
+    (folder / "lease.json").unlink(missing_ok=True)
+    job = Job.from_yaml(whole_job, ["estimator.calibrate=1"])
+    found = job.validate(folder, subsets=3, repeats=0, redo=True)
+    told = {tuple(row["subset"]) for row in found["table"]}
+    with ExitStack() as stack:
+        stages = Stages(RunFolder(folder, job.config), stack)
+        features = stages.features()
+        names = [task.name for task in features]
+        (truth,), tokens = calibration_truths(stages, features)
+    assert tuple(names[i] for i in truth.members) not in told
+    assert len(told) == 3
+    assert tokens > 0
+    assert found["regularization"] == calibrate_regularization(features, job.config.training, [truth]).value
+    with pytest.raises(InputError, match="only 3"):
+        job.validate(folder, subsets=4, repeats=0)
