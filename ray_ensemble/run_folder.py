@@ -171,13 +171,18 @@ class RunFolder:
                 "or give --redo to recompute what depends on it"
             )
         if changed:
-            self.forget_from(min((_stage_of(key) for key in changed), key=STAGES.index))
+            self.forget_from(min((_stage_of(key, self.config) for key in changed), key=STAGES.index))
         if before != after:
             write_text(file, dump_config(self.config))
 
 
-def _stage_of(key: str) -> str:
-    """The first stage that depends on a key."""
+def _stage_of(key: str, config: JobConfig) -> str:
+    """The first stage of the job that depends on a key."""
+    trains = key.startswith("training.")
+    if trains and config.gradients.start == "meta" and key not in ("training.epochs", "training.min_steps"):
+        return "gradients"  # the common start is trained before them
+    if trains and config.estimator.calibrate:
+        return "search"
     for stage in STAGES:
         if any(key == name or (name.endswith(".") and key.startswith(name)) for name in _DEPENDS[stage]):
             return stage

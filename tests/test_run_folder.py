@@ -137,3 +137,21 @@ def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path, age, r
     else:
         with folder.lease():
             pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "first"),
+    [
+        ({}, "learning_rate", "train"),
+        ({"estimator": {"calibrate": 2}}, "learning_rate", "search"),
+        ({"gradients": {"start": "meta"}}, "learning_rate", "gradients"),
+        ({"gradients": {"start": "meta"}, "estimator": {"calibrate": 2}}, "epochs", "search"),
+    ],
+)
+def test_stages_that_train_for_themselves_depend_on_how(tmp_path, settings, key, first):
+    """The common start is trained before the gradients, and calibration's subsets before the search."""
+    finish_all(RunFolder(tmp_path / "run", job(**settings)))
+    value = 5 if key == "epochs" else 5.0e-3
+    again = RunFolder(tmp_path / "run", job(**settings, training={key: value}), redo=True)
+    place = STAGES.index(first)
+    assert [again.finished(stage) for stage in STAGES] == [True] * place + [False] * (len(STAGES) - place)
