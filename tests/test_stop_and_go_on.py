@@ -86,6 +86,7 @@ def assert_same_end(output: Path, undisturbed: Path) -> None:
         assert (output / file.relative_to(undisturbed)).read_bytes() == file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_driver_killed_in_gradients_search_and_training(whole_job, finished_run, tmp_path):
     output = tmp_path / "run"
     parts = output / "gradients" / ".parts"

@@ -78,6 +78,7 @@ def test_counts_that_make_no_sense_are_refused(validated: Path, whole_job: Path,
         Job.from_yaml(whole_job).validate(validated, subsets=subsets, repeats=repeats)
 
 
+@pytest.mark.slow
 def test_calibration_trains_other_subsets_and_takes_their_regularization(validated: Path, whole_job: Path, tmp_path):
     """λ is the one nearest to what the calibration's run reached, and that run has no part in what `validate` tells."""
     folder = tmp_path / "run"
