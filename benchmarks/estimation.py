@@ -81,8 +81,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 @contextmanager
 def opened(folder: Path, config: JobConfig, last: str) -> Iterator[Stages]:
     """The stages of a run folder, whole up to `last`."""
-    with RunFolder(folder, config).lease() as _, ExitStack() as stack:
-        stages = Stages(RunFolder(folder, config), stack)
+    run = RunFolder(folder, config)
+    with run.lease(), ExitStack() as stack:
+        stages = Stages(run, stack)
         stages.through(last)
         yield stages
 

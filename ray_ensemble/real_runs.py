@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,11 +90,13 @@ def fine_tune(
 
 def reached(run: RealRun, features: Sequence[TaskFeatures]) -> tuple[Estimate, ...]:
     """Loss and accuracy that a run scored on the validation examples of its members, in their order."""
-    found = []
-    for task in run.members:
-        losses, hits = losses_and_hits(run.scores[task], features[task].validation_labels)
-        found.append(Estimate(float(losses.mean()), float(hits.mean())))
-    return tuple(found)
+    return tuple(measured(run.scores[task], features[task].validation_labels) for task in run.members)
+
+
+def measured(scores: NDArray[Any], labels: NDArray[Any]) -> Estimate:
+    """Mean loss and accuracy of label scores (N, K) against labels (N,), in the form that estimates have."""
+    losses, hits = losses_and_hits(scores, labels)
+    return Estimate(float(losses.mean()), float(hits.mean()))
 
 
 def calibration_subsets(stages: Stages, features: Sequence[TaskFeatures]) -> list[tuple[int, ...]]:

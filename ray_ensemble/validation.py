@@ -10,20 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ray_ensemble.errors import InputError
-from ray_ensemble.estimator import Estimate, Estimator, estimate_task, estimates_along
+from ray_ensemble.estimator import Estimator, estimate_task, estimates_along
 from ray_ensemble.estimator.affinity import job_subsets
 from ray_ensemble.estimator.budget import regularization_grid, stack_group
 from ray_ensemble.estimator.comparison import Point, compare
 from ray_ensemble.estimator.lifting import lifting_shares
-from ray_ensemble.evaluation.metrics import losses_and_hits
 from ray_ensemble.files import read_json, sha256_file, sha256_json, write_json
 from ray_ensemble.gradients.linearity import Linearity, LinearityProbe, LinearityUnit
 from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
 from ray_ensemble.progress import Bar
-from ray_ensemble.real_runs import RealRun, calibration_subsets, fine_tune, reached
+from ray_ensemble.real_runs import RealRun, calibration_subsets, fine_tune, measured, reached
 from ray_ensemble.stages import Stages
 from ray_ensemble.tasks import split_hash
 
@@ -91,7 +89,7 @@ def measured_points(estimator: Estimator, runs: Sequence[RealRun]) -> list[Point
                     task=task,
                     estimated=estimate_task(fit.beta, features, everything),
                     true=tuple(truth[place] for truth in truths),
-                    base=_estimate(features.validation_scores, features.validation_labels),
+                    base=measured(features.validation_scores, features.validation_labels),
                     along=tuple(estimates[place] for estimates in along),
                 )
             )
@@ -167,11 +165,6 @@ def _errors(squares: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "loss": total["loss"] / total["examples"],
         "linear_loss": total["linear_loss"] / total["examples"],
     }
-
-
-def _estimate(scores: NDArray[Any], labels: NDArray[Any]) -> Estimate:
-    losses, hits = losses_and_hits(scores, labels)
-    return Estimate(float(losses.mean()), float(hits.mean()))
 
 
 def _row(point: Point, names: Sequence[str]) -> dict[str, Any]:
