@@ -11,9 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ray_ensemble.adapter_stages import ensemble, evaluate, train
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, sha256_file, write_json
@@ -48,9 +46,9 @@ class Stages:
             "tasks": self.tasks,
             "gradients": self.gradients,
             "search": self.search,
-            "train": self.train,
-            "ensemble": self.ensemble,
-            "evaluate": self.evaluate,
+            "train": lambda: train(self),
+            "ensemble": lambda: ensemble(self),
+            "evaluate": lambda: evaluate(self),
             "report": self.report,
         }
         for stage in STAGES[: STAGES.index(last) + 1]:
@@ -87,13 +85,13 @@ class Stages:
         check_scores(base, any(tree.branches for tree in trees.values()), width)
         if self.config.gradients.shards > 1:
             check_shards(base, self.config.gradients.shards)
-        draw_initial_adapter(base, self.config.adapter, self._init)
+        draw_initial_adapter(base, self.config.adapter, self.init)
         import torch
         from safetensors import safe_open
 
         pad = self._tokenizer.pad_token_id
         sizes = {"lora_A": 0, "lora_B": 0}
-        with safe_open(self._init / "adapter_model.safetensors", "pt") as tensors:
+        with safe_open(self.init / "adapter_model.safetensors", "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 sizes["lora_A" if "lora_A" in name else "lora_B"] += torch.Size(
                     tensors.get_slice(name).get_shape()
@@ -108,10 +106,10 @@ class Stages:
                 "device": default_device().type,
                 "pad_id": pad if pad is not None else self._tokenizer.eos_token_id or 0,
             },
-            "adapter": {"hash": sha256_file(self._init / "adapter_model.safetensors"), "parameters": sizes},
+            "adapter": {"hash": sha256_file(self.init / "adapter_model.safetensors"), "parameters": sizes},
         }
         write_json(self.folder / "plan.json", plan)
-        return [self.folder / "plan.json", *sorted(self._init.iterdir())], {}
+        return [self.folder / "plan.json", *sorted(self.init.iterdir())], {}
 
     def tasks(self) -> Outcome:
         """Read, split and tokenise the data."""
@@ -131,11 +129,11 @@ class Stages:
         from ray_ensemble.gradients.projection import signs_per_element
 
         self.need_ray()
-        warm_up, warm_up_files = self._warm_up() if self._warm else (0.0, [])
+        warm_up, warm_up_files = self._warm_up() if self.warm else (0.0, [])
         store = self.folder / "gradients"
         done = collect_gradients(self.encoded, self.spec, self.config.gradients, self.base_hashes, store)
         # At a fresh start only B's half of the adapter has a gradient to take and to project.
-        size = self.size(half=None if self._warm else "lora_B")
+        size = self.size(half=None if self.warm else "lora_B")
         settings = self.config.gradients
         signs = signs_per_element(settings.projection, settings.dim, self.config.adapter.rank)
         flops = gradient_flops(size, done.forward_tokens, done.backward_tokens, done.projected, signs)
@@ -153,8 +151,8 @@ class Stages:
             self.config.gradients.meta_steps,
             self.config.training.seed,
         )
-        hashes = self._hashes(self._plan["adapter"]["hash"])
-        spec = asdict(self._spec_at(self._init))
+        hashes = self._hashes(self.planned["adapter"]["hash"])
+        spec = asdict(self._spec_at(self.init))
         trained = train_adapters([job], self.encoded, self.config, self.folder.path, spec, hashes)["start"]
         shutil.rmtree(self._start, ignore_errors=True)
         shutil.copytree(trained.folder, self._start)
@@ -179,138 +177,6 @@ class Stages:
         files = [self.folder / "affinity.json", self.folder / "partition.json", self.folder / "search" / "trials.csv"]
         flops = found.flops + training_flops(self.size(), tokens)
         return files, {"flops": flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
-
-    def train(self) -> Outcome:
-        """One adapter a group, and the baseline on everything with the same total of steps, all side by side.
-
-        With `gradients.start: meta` the baseline starts fresh and gets the warm-up's steps too, in one schedule.
-        """
-        from ray_ensemble.evaluation import training_flops
-        from ray_ensemble.training import AdapterJob, StartingPoint, train_adapters
-
-        self.need_ray()
-        examples = {task.name: len(task["train"]) for task in self.encoded}
-        settings = self.config.training
-        jobs = [
-            AdapterJob(name, tuple(group), settings.steps(sum(examples[t] for t in group)), settings.seed)
-            for name, group in zip(self._group_names, self._partition, strict=True)
-        ]
-        steps, fresh = sum(job.steps for job in jobs), None
-        if self._warm:
-            steps += self.config.gradients.meta_steps
-            fresh = StartingPoint(self._init, self._plan["adapter"]["hash"])
-        baseline = AdapterJob("qlora_all", tuple(examples), steps, settings.seed, fresh)
-        trained = train_adapters(
-            [*jobs, baseline], self.encoded, self.config, self.folder.path, asdict(self.spec), self.base_hashes
-        )
-        files = []
-        for name, adapter in trained.items():
-            target = self._adapter(name)
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(adapter.folder, target)
-            files += sorted(target.iterdir())
-        size = self.size()
-        return files, {
-            "flops": {name: training_flops(size, adapter.tokens) for name, adapter in trained.items()},
-            "job_seconds": {name: round(adapter.seconds, 3) for name, adapter in trained.items()},
-            "steps": {name: adapter.steps for name, adapter in trained.items()},
-            "peak_memory_bytes": max(adapter.peak_memory_bytes for adapter in trained.values()),
-        }
-
-    def ensemble(self) -> Outcome:
-        """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see."""
-        from ray_ensemble.ensemble import ScoreRequest, fit_weights, merge_adapters, score_all
-        from ray_ensemble.estimator import validation_halves
-        from ray_ensemble.evaluation import forward_flops
-
-        names = self._group_names
-        held_out = {
-            task.name: tuple(task["validation"][i] for i in validation_halves(len(task["validation"]))[1])
-            for task in self.encoded
-        }
-        learned = self.config.ensemble.weights == "learned" and len(names) > 1
-        weights: dict[str, list[float]] = {}
-        tokens, peak = 0, 0
-        if learned:
-            self.need_ray()
-            requests = [
-                ScoreRequest(self._adapter(name), task, held_out[task.name]) for task in self.encoded for name in names
-            ]
-            scored = score_all(
-                requests, self.spec, self.config.gradients, self.base_hashes, self.folder.path, "validation scores"
-            )
-            tokens, peak = scored.tokens, scored.peak_memory_bytes
-            for i, task in enumerate(self.encoded):
-                scores = np.stack(scored.scores[i * len(names) : (i + 1) * len(names)])
-                labels = np.array([example.label for example in held_out[task.name]])
-                weights[task.name] = fit_weights(scores, labels, self._own(task.name)).tolist()
-        else:
-            weights = {task.name: [1.0 / len(names)] * len(names) for task in self.encoded}
-        write_json(
-            self.folder / "ensemble.json",
-            {
-                "adapters": names,
-                "weights": weights,
-                "method": self.config.ensemble.weights,
-                "boosting": {"steps": self.config.boosting.steps, "adapters": []},
-            },
-        )
-        files = [self.folder / "ensemble.json"]
-        for name, values in weights.items():
-            target = self.folder / "merged" / name
-            merge_adapters([self._adapter(group) for group in names], values, target)
-            files += sorted(target.iterdir())
-        return files, {"flops": forward_flops(self.size(), tokens), "peak_memory_bytes": peak}
-
-    def evaluate(self) -> Outcome:
-        """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble, merged."""
-        from ray_ensemble.ensemble import ScoreRequest, combine, score_all
-        from ray_ensemble.evaluation import summarise
-
-        self.need_ray()
-        ensemble = read_json(self.folder / "ensemble.json", "ensemble")
-        names, weights = ensemble["adapters"], ensemble["weights"]
-        wanted: dict[tuple[str, str], ScoreRequest] = {}
-        for task in self.encoded:
-            used = [name for name, w in zip(names, weights[task.name], strict=True) if w > 0]
-            own = names[self._own(task.name)]
-            folders: dict[str, Path | None] = {"base": None, "qlora_all": self._adapter("qlora_all")}
-            folders |= {name: self._adapter(name) for name in dict.fromkeys([*used, own])}
-            if len(used) > 1:
-                folders["merged"] = self.folder / "merged" / task.name
-            for name, adapter in folders.items():
-                wanted[task.name, name] = ScoreRequest(adapter, task, task["test"])
-        scored = score_all(
-            list(wanted.values()), self.spec, self.config.gradients, self.base_hashes, self.folder.path, "test scores"
-        )
-        scores = dict(zip(wanted, scored.scores, strict=True))
-        outputs: dict[str, dict[str, NDArray[Any]]] = {}
-        for task in self.encoded:
-            w = np.array(weights[task.name])
-            shape = scores[task.name, "base"].shape
-            stack = np.stack([scores.get((task.name, name), np.zeros(shape, np.float32)) for name in names])
-            only = names[int(w.argmax())]
-            outputs[task.name] = {
-                "base": scores[task.name, "base"],
-                "qlora_all": scores[task.name, "qlora_all"],
-                "group": scores[task.name, names[self._own(task.name)]],
-                "ensemble": combine(stack, w),
-                # With one adapter in use the merged adapter is that adapter.
-                "merged": scores.get((task.name, "merged"), scores[task.name, only]),
-            }
-        labels = {task.name: np.array([e.label for e in task["test"]]) for task in self.encoded}
-        metrics = summarise(outputs, labels)
-        peak = {
-            stage: self.folder.facts(stage)["peak_memory_bytes"]
-            for stage in ("gradients", "search", "train", "ensemble")
-        }
-        metrics["flops"] = self._flops()
-        metrics["seconds"] = {
-            stage: self.folder.facts(stage)["seconds"] for stage in STAGES[: STAGES.index("evaluate")]
-        }
-        metrics["peak_memory_bytes"] = {**peak, "evaluate": scored.peak_memory_bytes}
-        write_json(self.folder / "metrics.json", metrics)
-        return [self.folder / "metrics.json"], {"peak_memory_bytes": scored.peak_memory_bytes}
 
     def report(self) -> Outcome:
         """One HTML file and its plots."""
@@ -372,38 +238,41 @@ class Stages:
             )
 
     @cached_property
-    def _plan(self) -> dict[str, Any]:
+    def planned(self) -> dict[str, Any]:
+        """What the plan stage found out: `plan.json`."""
         found: dict[str, Any] = read_json(self.folder / "plan.json", "plan")
         return found
 
     @property
-    def _init(self) -> Path:
+    def init(self) -> Path:
+        """Where the drawn θ₀ is."""
         return self.folder / "init"
 
     @property
-    def _warm(self) -> bool:
+    def warm(self) -> bool:
+        """Whether θ₀ is trained on all tasks before the gradients."""
         return self.config.gradients.start == "meta"
 
     @property
     def _start(self) -> Path:
         """Where θ₀ is: gradients are taken there and every adapter starts there."""
-        return self.folder / "start" if self._warm else self._init
+        return self.folder / "start" if self.warm else self.init
 
     @cached_property
     def base_hashes(self) -> dict[str, str]:
         """Hashes of the base and θ₀, and the quantization: what every cached result depends on."""
-        warm = sha256_file(self._start / "adapter_model.safetensors") if self._warm else None
-        return self._hashes(warm or self._plan["adapter"]["hash"])
+        warm = sha256_file(self._start / "adapter_model.safetensors") if self.warm else None
+        return self._hashes(warm or self.planned["adapter"]["hash"])
 
     def _hashes(self, adapter: str) -> dict[str, str]:
         from ray_ensemble.models import model_hash
 
-        if model_hash(self._model_folder) != self._plan["model"]["hash"]:
+        if model_hash(self._model_folder) != self.planned["model"]["hash"]:
             raise InputError(
                 f"model.source {self.config.model.source}: the model is not the one that this run began with "
                 "(plan.json has its hash); restore it or choose another --output"
             )
-        model = self._plan["model"]
+        model = self.planned["model"]
         return {"model": model["hash"], "quantization": model["quantization"], "adapter": adapter}
 
     @cached_property
@@ -414,43 +283,34 @@ class Stages:
     def _spec_at(self, start: Path) -> Any:
         from ray_ensemble.gradients import ReplicaSpec
 
-        model = self._plan["model"]
+        model = self.planned["model"]
         return ReplicaSpec(self.config.model.source, model["quantization"], str(start), model["pad_id"])
 
     def size(self, half: str | None = None) -> ModelSize:
         """Parameters of the base and of the adapter, or of its half `lora_A` or `lora_B`, as operations are counted by them."""
         from ray_ensemble.evaluation import ModelSize
 
-        sizes = self._plan["adapter"]["parameters"]
-        return ModelSize(self._plan["model"]["backbone_parameters"], sizes[half] if half else sum(sizes.values()))
+        sizes = self.planned["adapter"]["parameters"]
+        return ModelSize(self.planned["model"]["backbone_parameters"], sizes[half] if half else sum(sizes.values()))
 
     @property
-    def _partition(self) -> list[list[str]]:
+    def partition(self) -> list[list[str]]:
+        """The groups that the search found, as names of tasks."""
         found: list[list[str]] = read_json(self.folder / "partition.json", "partition")["groups"]
         return found
 
     @property
-    def _group_names(self) -> list[str]:
-        return [f"group-{g}" for g in range(len(self._partition))]
+    def group_names(self) -> list[str]:
+        """Names of the groups' adapters."""
+        return [f"group-{g}" for g in range(len(self.partition))]
 
-    def _own(self, task: str) -> int:
-        return next(g for g, group in enumerate(self._partition) if task in group)
+    def own_group(self, task: str) -> int:
+        """The group that a task is in."""
+        return next(g for g, group in enumerate(self.partition) if task in group)
 
-    def _adapter(self, name: str) -> Path:
+    def adapter_folder(self, name: str) -> Path:
+        """Where the adapter of this name is kept in the run folder."""
         return self.folder / ("baselines" if name == "qlora_all" else "adapters") / name
-
-    def _flops(self) -> dict[str, float]:
-        from ray_ensemble.evaluation import flops_ratio
-
-        trained = self.folder.facts("train")["flops"]
-        parts = {
-            "gradients": self.folder.facts("gradients")["flops"],
-            "search": float(self.folder.facts("search")["flops"]),
-            "groups": sum(value for name, value in trained.items() if name != "qlora_all"),
-            "boosting": 0.0,
-            "ensemble": self.folder.facts("ensemble")["flops"],
-        }
-        return {**parts, "qlora_all": trained["qlora_all"], "ratio": flops_ratio(parts, trained["qlora_all"])}
 
 
 def encode_all(tasks: Sequence[Task], tokenizer: Any, config: JobConfig) -> list[EncodedTask]:

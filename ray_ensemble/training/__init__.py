@@ -1,7 +1,8 @@
 """Training adapters: the loop, several adapters on one base, and Ray Train jobs that run them side by side."""
 
 from ray_ensemble.training.budget import task_steps
-from ray_ensemble.training.jobs import AdapterJob, StartingPoint, TrainedAdapter, job_key, train_adapters
+from ray_ensemble.training.cache import AdapterJob, StartingPoint, TrainedAdapter, job_key
+from ray_ensemble.training.jobs import train_adapters
 from ray_ensemble.training.learner import TrainingState, learning_rate
 from ray_ensemble.training.loop import train_adapter
 from ray_ensemble.training.sampling import draw, sample_batch

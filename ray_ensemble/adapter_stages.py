@@ -1,0 +1,170 @@
+"""The stages that make the result out of the groups: their adapters, the ensemble's weights, the figures on test data."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ray_ensemble.files import read_json, write_json
+from ray_ensemble.run_folder import STAGES
+
+if TYPE_CHECKING:
+    from ray_ensemble.stages import Outcome, Stages
+
+
+def train(stages: Stages) -> Outcome:
+    """One adapter a group, and the baseline on everything with the same total of steps, all side by side.
+
+    With `gradients.start: meta` the baseline starts fresh and gets the warm-up's steps too, in one schedule.
+    """
+    from ray_ensemble.evaluation import training_flops
+    from ray_ensemble.training import AdapterJob, StartingPoint, train_adapters
+
+    stages.need_ray()
+    examples = {task.name: len(task["train"]) for task in stages.encoded}
+    settings = stages.config.training
+    jobs = [
+        AdapterJob(name, tuple(group), settings.steps(sum(examples[t] for t in group)), settings.seed)
+        for name, group in zip(stages.group_names, stages.partition, strict=True)
+    ]
+    steps, fresh = sum(job.steps for job in jobs), None
+    if stages.warm:
+        steps += stages.config.gradients.meta_steps
+        fresh = StartingPoint(stages.init, stages.planned["adapter"]["hash"])
+    baseline = AdapterJob("qlora_all", tuple(examples), steps, settings.seed, fresh)
+    trained = train_adapters(
+        [*jobs, baseline], stages.encoded, stages.config, stages.folder.path, asdict(stages.spec), stages.base_hashes
+    )
+    files = []
+    for name, adapter in trained.items():
+        target = stages.adapter_folder(name)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(adapter.folder, target)
+        files += sorted(target.iterdir())
+    size = stages.size()
+    return files, {
+        "flops": {name: training_flops(size, adapter.tokens) for name, adapter in trained.items()},
+        "job_seconds": {name: round(adapter.seconds, 3) for name, adapter in trained.items()},
+        "steps": {name: adapter.steps for name, adapter in trained.items()},
+        "peak_memory_bytes": max(adapter.peak_memory_bytes for adapter in trained.values()),
+    }
+
+
+def ensemble(stages: Stages) -> Outcome:
+    """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see."""
+    from ray_ensemble.ensemble import ScoreRequest, fit_weights, merge_adapters, score_all
+    from ray_ensemble.estimator import validation_halves
+    from ray_ensemble.evaluation import forward_flops
+
+    names = stages.group_names
+    held_out = {
+        task.name: tuple(task["validation"][i] for i in validation_halves(len(task["validation"]))[1])
+        for task in stages.encoded
+    }
+    learned = stages.config.ensemble.weights == "learned" and len(names) > 1
+    weights: dict[str, list[float]] = {}
+    tokens, peak = 0, 0
+    if learned:
+        stages.need_ray()
+        requests = [
+            ScoreRequest(stages.adapter_folder(name), task, held_out[task.name])
+            for task in stages.encoded
+            for name in names
+        ]
+        scored = score_all(
+            requests, stages.spec, stages.config.gradients, stages.base_hashes, stages.folder.path, "validation scores"
+        )
+        tokens, peak = scored.tokens, scored.peak_memory_bytes
+        for i, task in enumerate(stages.encoded):
+            scores = np.stack(scored.scores[i * len(names) : (i + 1) * len(names)])
+            labels = np.array([example.label for example in held_out[task.name]])
+            weights[task.name] = fit_weights(scores, labels, stages.own_group(task.name)).tolist()
+    else:
+        weights = {task.name: [1.0 / len(names)] * len(names) for task in stages.encoded}
+    write_json(
+        stages.folder / "ensemble.json",
+        {
+            "adapters": names,
+            "weights": weights,
+            "method": stages.config.ensemble.weights,
+            "boosting": {"steps": stages.config.boosting.steps, "adapters": []},
+        },
+    )
+    files = [stages.folder / "ensemble.json"]
+    for name, values in weights.items():
+        target = stages.folder / "merged" / name
+        merge_adapters([stages.adapter_folder(group) for group in names], values, target)
+        files += sorted(target.iterdir())
+    return files, {"flops": forward_flops(stages.size(), tokens), "peak_memory_bytes": peak}
+
+
+def evaluate(stages: Stages) -> Outcome:
+    """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble, merged."""
+    from ray_ensemble.ensemble import ScoreRequest, combine, score_all
+    from ray_ensemble.evaluation import summarise
+
+    stages.need_ray()
+    ensemble = read_json(stages.folder / "ensemble.json", "ensemble")
+    names, weights = ensemble["adapters"], ensemble["weights"]
+    wanted: dict[tuple[str, str], ScoreRequest] = {}
+    for task in stages.encoded:
+        used = [name for name, w in zip(names, weights[task.name], strict=True) if w > 0]
+        own = names[stages.own_group(task.name)]
+        folders: dict[str, Path | None] = {"base": None, "qlora_all": stages.adapter_folder("qlora_all")}
+        folders |= {name: stages.adapter_folder(name) for name in dict.fromkeys([*used, own])}
+        if len(used) > 1:
+            folders["merged"] = stages.folder / "merged" / task.name
+        for name, adapter in folders.items():
+            wanted[task.name, name] = ScoreRequest(adapter, task, task["test"])
+    scored = score_all(
+        list(wanted.values()),
+        stages.spec,
+        stages.config.gradients,
+        stages.base_hashes,
+        stages.folder.path,
+        "test scores",
+    )
+    scores = dict(zip(wanted, scored.scores, strict=True))
+    outputs: dict[str, dict[str, NDArray[Any]]] = {}
+    for task in stages.encoded:
+        w = np.array(weights[task.name])
+        shape = scores[task.name, "base"].shape
+        stack = np.stack([scores.get((task.name, name), np.zeros(shape, np.float32)) for name in names])
+        only = names[int(w.argmax())]
+        outputs[task.name] = {
+            "base": scores[task.name, "base"],
+            "qlora_all": scores[task.name, "qlora_all"],
+            "group": scores[task.name, names[stages.own_group(task.name)]],
+            "ensemble": combine(stack, w),
+            # With one adapter in use the merged adapter is that adapter.
+            "merged": scores.get((task.name, "merged"), scores[task.name, only]),
+        }
+    labels = {task.name: np.array([e.label for e in task["test"]]) for task in stages.encoded}
+    metrics = summarise(outputs, labels)
+    peak = {
+        stage: stages.folder.facts(stage)["peak_memory_bytes"] for stage in ("gradients", "search", "train", "ensemble")
+    }
+    metrics["flops"] = _flops(stages)
+    metrics["seconds"] = {stage: stages.folder.facts(stage)["seconds"] for stage in STAGES[: STAGES.index("evaluate")]}
+    metrics["peak_memory_bytes"] = {**peak, "evaluate": scored.peak_memory_bytes}
+    write_json(stages.folder / "metrics.json", metrics)
+    return [stages.folder / "metrics.json"], {"peak_memory_bytes": scored.peak_memory_bytes}
+
+
+def _flops(stages: Stages) -> dict[str, float]:
+    from ray_ensemble.evaluation import flops_ratio
+
+    trained = stages.folder.facts("train")["flops"]
+    parts = {
+        "gradients": stages.folder.facts("gradients")["flops"],
+        "search": float(stages.folder.facts("search")["flops"]),
+        "groups": sum(value for name, value in trained.items() if name != "qlora_all"),
+        "boosting": 0.0,
+        "ensemble": stages.folder.facts("ensemble")["flops"],
+    }
+    return {**parts, "qlora_all": trained["qlora_all"], "ratio": flops_ratio(parts, trained["qlora_all"])}
