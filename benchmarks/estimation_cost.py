@@ -58,26 +58,38 @@ def mean_tokens(task: EncodedTask) -> float:
     return sum(len(e.prompt_ids) + nodes for e in task["train"]) / len(task["train"])
 
 
-def differences(task: EncodedTask, pairwise: bool) -> int:
-    """Backward passes that a training example takes."""
-    return len(task.labels) - 1 if pairwise else 1
+@dataclass(frozen=True)
+class Variant:
+    """How gradients are taken: steps of the common start (0: a fresh one), and what is differentiated."""
+
+    meta_steps: int
+    targets: str
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        start = f"meta start, {self.meta_steps} steps" if self.meta_steps else "fresh start"
+        return f"{start}, {self.targets}"
 
 
-def pass_flops(stages: Stages, protocol: Protocol) -> float:
-    """Operations of the gradient pass over all tasks, without a warm-up."""
-    settings = stages.config.gradients
-    pairwise = settings.targets == "pairwise"
-    forward = backward = 0.0
-    projected = 0
-    for task in stages.encoded:
-        tokens = mean_tokens(task)
-        gradients = protocol.train * differences(task, pairwise) + protocol.validation * (len(task.labels) - 1)
-        forward += (protocol.train + protocol.validation) * tokens
-        backward += gradients * tokens
-        projected += gradients
-    size = stages.size(None if settings.start == "meta" else "lora_B")
+def gradient_count(task: EncodedTask, protocol: Protocol, targets: str) -> int:
+    """Backward passes of one task's examples; validation examples take all differences of scores (DESIGN section 2.2)."""
+    differences = len(task.labels) - 1
+    return protocol.train * (differences if targets == "pairwise" else 1) + protocol.validation * differences
+
+
+def pass_flops(stages: Stages, protocol: Protocol, variant: Variant) -> float:
+    """Operations of the gradient pass over all tasks and of the common start's training."""
+    settings, tasks = stages.config.gradients, stages.encoded
+    tokens = [mean_tokens(task) for task in tasks]
+    counts = [gradient_count(task, protocol, variant.targets) for task in tasks]
+    forward = (protocol.train + protocol.validation) * sum(tokens)
+    backward = sum(count * each for count, each in zip(counts, tokens, strict=True))
+    size = stages.size(None if variant.meta_steps else "lora_B")
     signs = signs_per_element(settings.projection, settings.dim, stages.config.adapter.rank)
-    return gradient_flops(size, round(forward), round(backward), projected, signs)
+    warm = variant.meta_steps * stages.config.training.batch_size * sum(tokens) / len(tokens)
+    gradients = gradient_flops(size, round(forward), round(backward), sum(counts), signs)
+    return gradients + training_flops(stages.size(), round(warm))
 
 
 def cost(stages: Stages, runs: Sequence[RealRun], rounds: int) -> dict[str, Any]:
@@ -85,45 +97,44 @@ def cost(stages: Stages, runs: Sequence[RealRun], rounds: int) -> dict[str, Any]
     estimator_seconds, estimator_flops = fitted(stages)
     visit, gradient = timed(stages, rounds)
     size, tasks = stages.size(), stages.encoded
-    training = stages.config.training
+    training, settings = stages.config.training, stages.config.gradients
     subsets = job_subsets(stages.features(), stages.config.estimator)
-    warm = stages.config.gradients.meta_steps if stages.config.gradients.start == "meta" else 0
     everything = [mean_tokens(task) for task in tasks]
-    own = Protocol(len(tasks[0]["train"]), len(tasks[0]["validation"]), training.epochs)
+    own = Variant(settings.meta_steps if settings.start == "meta" else 0, settings.targets)
+    variants = dict.fromkeys([own, Variant(0, "pairwise"), Variant(0, "margin")])
     found: dict[str, Any] = {
         "seconds_of_a_training_example": visit,
         "seconds_of_a_gradient": gradient,
         "fits": {"seconds": estimator_seconds, "flops": estimator_flops, "subsets": len(subsets)},
         "protocols": {},
     }
-    protocols = {f"this job's {own.train}/{own.validation}, {own.epochs} epochs": own, **PROTOCOLS}
-    for name, protocol in protocols.items():
+    for name, protocol in PROTOCOLS.items():
         visits = sum(protocol.epochs * protocol.train for members in subsets for _ in members)
         tokens = sum(protocol.epochs * protocol.train * everything[i] for members in subsets for i in members)
-        warm_flops = training_flops(size, round(warm * training.batch_size * sum(everything) / len(everything)))
-        gradients = sum(
-            protocol.train * differences(task, stages.config.gradients.targets == "pairwise")
-            + protocol.validation * (len(task.labels) - 1)
-            for task in tasks
-        )
-        estimate = pass_flops(stages, protocol) + estimator_flops + warm_flops
-        seconds = gradients * gradient["median"] + estimator_seconds + warm * training.batch_size * visit["median"]
-        found["protocols"][name] = {
-            "flops": {"fine_tuning": training_flops(size, round(tokens)), "estimate": estimate},
-            "flops_ratio": training_flops(size, round(tokens)) / estimate,
-            "seconds": {"fine_tuning": visits * visit["median"], "estimate": seconds},
-            "seconds_ratio": visits * visit["median"] / seconds,
-        }
-    found["search"] = searched(stages, everything, own, visit["median"])
+        real = training_flops(size, round(tokens))
+        for variant in variants:
+            estimate = pass_flops(stages, protocol, variant) + estimator_flops
+            gradients = sum(gradient_count(task, protocol, variant.targets) for task in tasks)
+            warm = variant.meta_steps * training.batch_size * visit["median"]
+            seconds = gradients * gradient["median"] + estimator_seconds + warm
+            found["protocols"][f"{name}; {variant.name}"] = {
+                "flops": {"fine_tuning": real, "estimate": estimate},
+                "flops_ratio": real / estimate,
+                "seconds": {"fine_tuning": visits * visit["median"], "estimate": seconds},
+                "seconds_ratio": visits * visit["median"] / seconds,
+            }
+    found["search"] = {
+        f"{epochs} epochs": searched(stages, everything, epochs, visit["median"]) for epochs in (training.epochs, 10)
+    }
     found["measured_training_seconds"] = sum(run.seconds for run in runs)
     return found
 
 
-def searched(stages: Stages, tokens: Sequence[float], own: Protocol, visit: float) -> dict[str, Any]:
-    """Every group that the search scored against the gradient pass and the whole search, at the job's own budget."""
+def searched(stages: Stages, tokens: Sequence[float], epochs: int, visit: float) -> dict[str, Any]:
+    """Every group that the search scored, trained for so many epochs, against this job's gradient stage and search."""
     names = {task.name: i for i, task in enumerate(stages.encoded)}
     rows = [json.loads(line) for line in (stages.folder / "search" / "fits.jsonl").read_text().splitlines()[1:]]
-    training, size = stages.config.training, stages.size()
+    training, size = stages.config.training.model_copy(update={"epochs": epochs}), stages.size()
     visits, total = 0, 0.0
     for row in rows:
         members = row["members"]
@@ -208,14 +219,15 @@ def spread(seconds: Sequence[float], count: int) -> dict[str, float]:
 def print_cost(found: dict[str, Any]) -> None:
     """How many times cheaper the estimate is."""
     table = text_table(
-        title="Fine-tuning for real against gradient pass and fits (a warm-up included)",
+        title="Fine-tuning for real against gradient pass and fits (the common start included)",
         caption="seconds: medians of one training example and one gradient on one thread, times their numbers, and the fits",
     )
     table.add_column("")
     for name in ("TFLOPs, trained", "estimated", "ratio", "seconds, trained", "estimated", "ratio"):
         table.add_column(name, justify="right")
     search = found["search"]
-    rows = {**found["protocols"], f"all {search['groups']} groups of the search, job's own budget": search}
+    searches = {f"all {row['groups']} groups of the search, {epochs}": row for epochs, row in search.items()}
+    rows = {**found["protocols"], **searches}
     for name, row in rows.items():
         flops, seconds = row["flops"], row["seconds"]
         table.add_row(

@@ -48,7 +48,9 @@ def train(stages: Stages) -> Outcome:
         files += sorted(target.iterdir())
     size = stages.size()
     return files, {
-        "flops": {name: training_flops(size, adapter.tokens) for name, adapter in trained.items()},
+        "flops": {
+            name: training_flops(size, adapter.tokens, adapter.validation_tokens) for name, adapter in trained.items()
+        },
         "job_seconds": {name: round(adapter.seconds, 3) for name, adapter in trained.items()},
         "steps": {name: adapter.steps for name, adapter in trained.items()},
         "peak_memory_bytes": max(adapter.peak_memory_bytes for adapter in trained.values()),

@@ -200,6 +200,10 @@ class TrainingConfig(Section):
     `activation_checkpointing` recomputes activations in the backward pass, which costs a forward pass and saves most of the
     memory that grows with the batch; the result is the same. `precision: auto` is bf16 autocast on a GPU that has it, fp32
     elsewhere. `optimizer: paged_adamw` (GPU only) lets the optimiser's state move to host memory.
+
+    A job is one Ray Train run of `cpus` and `gpus` (fractions allowed), and trains one adapter, or up to `pack` small ones on one
+    copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job;
+    nodes that are taken away count apart, by `max_preemptions`.
     """
 
     epochs: Count = 2
@@ -218,12 +222,13 @@ class TrainingConfig(Section):
     activation_checkpointing: bool = False
     checkpoint_every: Count = 50
     max_failures: Annotated[int, Field(ge=0)] = 2
+    max_preemptions: Annotated[int, Field(ge=0)] = 100
     strategy: Literal["none"] = "none"
     concurrency: Literal["auto"] | Count = "auto"
     cpus: Fraction = 1.0
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     threads: Count = 1
-    pack: Literal[1] = 1
+    pack: Count = 1
     seed: Seed = 0
 
     def steps(self, examples: int) -> int:

@@ -32,6 +32,7 @@ class RealRun:
     steps: int
     seconds: float
     tokens: int
+    validation_tokens: int
     folder: Path
     scores: dict[int, NDArray[np.float32]]
 
@@ -84,7 +85,18 @@ def fine_tune(
     for job, (members, seed) in zip(jobs, wanted, strict=True):
         adapter = trained[job.name]
         scores = {i: next(scored) for i in members}
-        runs.append(RealRun(members, seed, adapter.steps, adapter.seconds, adapter.tokens, adapter.folder, scores))
+        runs.append(
+            RealRun(
+                members,
+                seed,
+                adapter.steps,
+                adapter.seconds,
+                adapter.tokens,
+                adapter.validation_tokens,
+                adapter.folder,
+                scores,
+            )
+        )
     return runs
 
 
@@ -105,8 +117,8 @@ def calibration_subsets(stages: Stages, features: Sequence[TaskFeatures]) -> lis
     return job_subsets(features, settings)[-settings.calibrate :] if settings.calibrate else []
 
 
-def calibration_truths(stages: Stages, features: Sequence[TaskFeatures]) -> tuple[list[Truth], int]:
-    """What the calibration's subsets really reach, and the tokens that training them took; see `fine_tune` for errors."""
+def calibration_truths(stages: Stages, features: Sequence[TaskFeatures]) -> tuple[list[Truth], list[RealRun]]:
+    """What the calibration's subsets really reach, and the runs that showed it; see `fine_tune` for errors."""
     subsets = calibration_subsets(stages, features)
     runs = fine_tune(stages, [(members, 0) for members in subsets]) if subsets else []
-    return [Truth(run.members, reached(run, features)) for run in runs], sum(run.tokens for run in runs)
+    return [Truth(run.members, reached(run, features)) for run in runs], runs

@@ -11,11 +11,10 @@ from typing import Any
 
 from ray_ensemble.errors import InputError, RunError
 
-# Train's controller polls every 2 s and holds up each report() until it does; the watcher and the metrics cost a process
-# each. All of these are read when a library is imported, hence here, before any import, and handed on to Ray's workers.
+# Train's controller polls every 2 s and holds up each report() until it does; the metrics cost a process.
+# All of these are read when a library is imported, hence here, before any import, and handed on to Ray's workers.
 _SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -25,6 +24,7 @@ _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",  # the libraries' own bars, which do not know when they are in a log
 }
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _HANDED_ON = ("RAY_ENSEMBLE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
 _OBJECT_STORE = 400 * 2**20
 
@@ -47,7 +47,9 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    environment = {key: os.environ[key] for key in (*_SETTINGS, *_HANDED_ON) if key in os.environ}
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault(_WATCHER, "0")
+    environment = {key: os.environ[key] for key in (*_SETTINGS, _WATCHER, *_HANDED_ON) if key in os.environ}
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
         "log_to_driver": False,
@@ -84,6 +86,11 @@ def _start(options: dict[str, Any]) -> None:
             if "timed out during startup" not in str(error) or attempt == 2:
                 raise RunError(f"Ray did not start on this machine: {error}") from error
             print("Ray is slow to start on this busy machine; trying once more", flush=True)
+
+
+def watches_preemption() -> bool:
+    """Whether Ray Train looks out for nodes that are about to be taken away: not in a cluster of this machine's own."""
+    return os.environ.get(_WATCHER) != "0"
 
 
 def cluster_cpus() -> int:

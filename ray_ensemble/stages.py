@@ -156,7 +156,7 @@ class Stages:
         trained = train_adapters([job], self.encoded, self.config, self.folder.path, spec, hashes)["start"]
         shutil.rmtree(self._start, ignore_errors=True)
         shutil.copytree(trained.folder, self._start)
-        return training_flops(self.size(), trained.tokens), sorted(self._start.iterdir())
+        return training_flops(self.size(), trained.tokens, trained.validation_tokens), sorted(self._start.iterdir())
 
     def search(self) -> Outcome:
         """Affinity of the tasks and the best partition found."""
@@ -167,7 +167,7 @@ class Stages:
 
         self.need_ray()
         features = self.features()
-        truths, tokens = calibration_truths(self, features)
+        truths, trained = calibration_truths(self, features)
         with Bar("search", self.config.search.trials, "trials") as bar:
             found = run_search(features, self.config, self.folder.path, progress=bar.reach, truths=truths)
         for group in found.groups:
@@ -175,7 +175,7 @@ class Stages:
         # Not among the stage's files: the report draws all plots anew.
         write_search_plot(self.folder.path)
         files = [self.folder / "affinity.json", self.folder / "partition.json", self.folder / "search" / "trials.csv"]
-        flops = found.flops + training_flops(self.size(), tokens)
+        flops = found.flops + sum(training_flops(self.size(), run.tokens, run.validation_tokens) for run in trained)
         return files, {"flops": flops, "peak_memory_bytes": found.peak_memory_bytes, "fits": found.fits}
 
     def report(self) -> Outcome:

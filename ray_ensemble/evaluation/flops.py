@@ -18,9 +18,12 @@ def forward_flops(size: ModelSize, tokens: int, adapters: int = 1) -> float:
     return 2.0 * (size.backbone + adapters * size.adapter) * tokens
 
 
-def training_flops(size: ModelSize, tokens: int) -> float:
-    """Forward and backward to activations, 2·N·tokens each; the adapter also takes gradients of its weights."""
-    return 4.0 * size.backbone * tokens + 6.0 * size.adapter * tokens
+def training_flops(size: ModelSize, tokens: int, validation_tokens: int = 0) -> float:
+    """Forward and backward to activations, 2·N·tokens each; the adapter also takes gradients of its weights.
+
+    What early stop validates on goes forward only.
+    """
+    return 4.0 * size.backbone * tokens + 6.0 * size.adapter * tokens + forward_flops(size, validation_tokens)
 
 
 def gradient_flops(size: ModelSize, forward_tokens: int, backward_tokens: int, projected: int, signs: int) -> float:

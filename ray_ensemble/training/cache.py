@@ -18,7 +18,7 @@ _HASHED = frozenset(
 _NOT_HASHED = frozenset(
     (
         "concurrency", "min_steps", "epochs", "cpus", "gpus", "max_failures", "checkpoint_every", "seed", "pack",
-        "batch_tokens", "activation_checkpointing",
+        "batch_tokens", "activation_checkpointing", "max_preemptions",
     )
 )  # fmt: skip
 
@@ -50,6 +50,7 @@ class TrainedAdapter:
     key: str
     steps: int
     tokens: int
+    validation_tokens: int
     seconds: float
     peak_memory_bytes: int
     final_loss: float
@@ -92,6 +93,7 @@ def finished(folder: Path, key: str) -> TrainedAdapter | None:
         key,
         result["steps"],
         result["tokens"],
+        result.get("validation_tokens", 0),
         result["seconds"],
         result["peak_memory_bytes"],
         result["final_loss"],

@@ -1,24 +1,28 @@
-"""Adapters as Ray Train jobs: every group is one `TorchTrainer`, as many at once as resources and `concurrency` allow."""
+"""Adapters as Ray Train jobs: a `TorchTrainer` for every group or pack of small groups, as many at once as resources allow."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray_ensemble.config import JobConfig, TrainingConfig
 from ray_ensemble.errors import InputError, RunError
-from ray_ensemble.progress import Bar
-from ray_ensemble.runtime import cluster_cpus, cluster_gpus
+from ray_ensemble.files import read_json, sha256_json, write_json
+from ray_ensemble.progress import Bar, console
+from ray_ensemble.runtime import cluster_cpus, cluster_gpus, watches_preemption
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
-from ray_ensemble.training.worker import read_row, train_worker
+from ray_ensemble.training.packing import packs
+from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
 
 _START_TIMEOUT_S = "300"
+FAILURES = "failures.json"
 
 
 def train_adapters(
@@ -35,7 +39,7 @@ def train_adapters(
         jobs: adapters wanted.
         tasks: all encoded tasks of the run.
         config: the job.
-        folder: the run folder; adapters go to `trained/<key>`, Ray Train's checkpoints to `checkpoints/<key>`.
+        folder: the run folder; adapters go to `trained/<key>`, Ray Train's checkpoints to `checkpoints/<name of the pack>`.
         model: what a worker needs to load the base: source, quantization, initial adapter folder, pad id.
         base: hashes of the base and of θ₀, part of the cache's keys.
 
@@ -44,77 +48,119 @@ def train_adapters(
 
     Raises:
         InputError: a job asks for more than the cluster has.
-        RunError: a job failed for good; the others are finished first and kept.
+        RunError: jobs failed for good. The others are finished first and kept, `failures.json` in the run folder names those
+            that failed, and the message says what to do.
     """
     keys = {job.name: job_key(job, tasks, config, base) for job in jobs}
     wanted: dict[str, AdapterJob] = {}
     for job in jobs:
         if finished(folder, keys[job.name]) is None:
             wanted.setdefault(keys[job.name], job)
-    if wanted:
-        _run_all(wanted, {task.name: task for task in tasks}, config, folder, model)
+    failures = _run_all(wanted, tasks, config.training, folder, model) if wanted else {}
     done = {job.name: finished(folder, keys[job.name]) for job in jobs}
-    missing = [name for name, adapter in done.items() if adapter is None]
-    if missing:
-        raise RunError(f"training of {', '.join(missing)} left no adapter")
+    failed = {job.name: failures.get(keys[job.name], "it left no adapter") for job in jobs if done[job.name] is None}
+    if failed:
+        raise _partial(failed, done, folder)
+    (folder / FAILURES).unlink(missing_ok=True)
     return {name: adapter for name, adapter in done.items() if adapter is not None}
 
 
+def _partial(failed: Mapping[str, str], done: Mapping[str, TrainedAdapter | None], folder: Path) -> RunError:
+    """The end of a run that trained only some of its adapters; what is known of it is written down."""
+    trained = [name for name, adapter in done.items() if adapter is not None]
+    write_json(folder / FAILURES, {"status": "partial", "trained": trained, "failed": dict(failed)})
+    lines = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+    return RunError(
+        f"{len(failed)} of {len(done)} adapters could not be trained ({len(trained)} are kept):{lines}\n"
+        "The same command trains only these again, from their last checkpoints."
+    )
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """What one pack asks of the cluster."""
+
+    cpus: float
+    gpus: float
+
+
 def _run_all(
-    wanted: dict[str, AdapterJob],
-    tasks: dict[str, EncodedTask],
-    config: JobConfig,
+    wanted: Mapping[str, AdapterJob],
+    tasks: Sequence[EncodedTask],
+    training: TrainingConfig,
     folder: Path,
     model: dict[str, Any],
-) -> None:
-    training = config.training
-    gpus = _gpus_per_job(training)
+) -> dict[str, str]:
+    """Train `wanted` (by key); why a job failed, for those that did."""
+    demand = _demand(training)
+    # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
+    fitting = int(min(cluster_cpus() / demand.cpus, cluster_gpus() / demand.gpus if demand.gpus else float("inf")))
+    at_once = fitting if training.concurrency == "auto" else training.concurrency
+    keys = list(wanted)
+    ordered = [
+        _named({keys[i]: wanted[keys[i]] for i in pack})
+        for pack in packs([wanted[key].steps for key in keys], training.pack, at_once)
+    ]
+    total = sum(job.steps for job in wanted.values())
+    failures: dict[str, str] = {}
+    with (
+        Bar(f"training {len(wanted)} adapters", total, "steps") as bar,
+        ThreadPoolExecutor(min(at_once, len(ordered))) as threads,
+    ):
+        futures = {
+            threads.submit(_run_one, pack, _members(pack, tasks), training, demand, folder, model): pack
+            for pack in ordered
+        }
+        stop = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, stop), daemon=True)
+        watcher.start()
+        try:
+            for future, pack in futures.items():
+                error = future.exception()
+                for key in pack.jobs:
+                    if error is not None:
+                        failures[key] = _reason(error)
+                    elif (record := pack.failure(folder, key)).exists():
+                        failures[key] = read_json(record, "record of a failure")["reason"]
+                if not failures.keys() & pack.jobs.keys():
+                    shutil.rmtree(pack.folder(folder), ignore_errors=True)
+        finally:
+            stop.set()
+            watcher.join()
+    return failures
+
+
+def _named(jobs: dict[str, AdapterJob]) -> Pack:
+    """A pack under a name that the same jobs always have: Ray Train goes on from the checkpoints of that name."""
+    return Pack(next(iter(jobs)) if len(jobs) == 1 else sha256_json(list(jobs))[:20], jobs)
+
+
+def _members(pack: Pack, tasks: Sequence[EncodedTask]) -> list[EncodedTask]:
+    """All tasks of a pack, in the run's order."""
+    names = {name for job in pack.jobs.values() for name in job.members}
+    return [task for task in tasks if task.name in names]
+
+
+def _demand(training: TrainingConfig) -> _Demand:
+    """CPUs and GPUs of one job.
+
+    Raises:
+        InputError: the cluster can never give them.
+    """
+    gpus = (1.0 if cluster_gpus() else 0.0) if training.gpus == "auto" else training.gpus
     if training.cpus > cluster_cpus() or gpus > cluster_gpus():
         raise InputError(
             f"training asks for {training.cpus:g} CPUs and {gpus:g} GPUs a job, the cluster has {cluster_cpus()} CPUs "
             f"and {cluster_gpus()} GPUs: lower training.cpus or training.gpus"
         )
-    # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
-    fitting = int(min(cluster_cpus() / training.cpus, cluster_gpus() / gpus if gpus else float("inf")))
-    at_once = min(len(wanted), fitting if training.concurrency == "auto" else training.concurrency)
-    ordered = sorted(wanted.items(), key=lambda item: -item[1].steps)
-    total = sum(job.steps for job in wanted.values())
-    failures: dict[str, BaseException] = {}
-    with Bar(f"training {len(wanted)} adapters", total, "steps") as bar, ThreadPoolExecutor(at_once) as threads:
-        futures = {}
-        for key, job in ordered:
-            members = [tasks[name] for name in tasks if name in job.members]
-            futures[threads.submit(_run_one, key, job, members, training, gpus, folder, model)] = job
-        stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(wanted, folder, bar, stop), daemon=True)
-        watcher.start()
-        try:
-            for future, job in futures.items():
-                error = future.exception()
-                if error is not None:
-                    failures[job.name] = error
-        finally:
-            stop.set()
-            watcher.join()
-    if failures:
-        text = "; ".join(f"{name}: {_reason(error)}" for name, error in failures.items())
-        raise RunError(
-            f"{len(failures)} of {len(wanted)} training jobs failed ({text}); the same command trains only these again"
-        )
-
-
-def _gpus_per_job(training: TrainingConfig) -> float:
-    if training.gpus == "auto":
-        return 1.0 if cluster_gpus() else 0.0
-    return training.gpus
+    return _Demand(training.cpus, gpus)
 
 
 def _run_one(
-    key: str,
-    job: AdapterJob,
+    pack: Pack,
     members: list[EncodedTask],
     training: TrainingConfig,
-    gpus: float,
+    demand: _Demand,
     folder: Path,
     model: dict[str, Any],
 ) -> None:
@@ -122,51 +168,89 @@ def _run_one(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S)
-    if job.start is not None:
-        model = {**model, "initial_adapter": str(job.start.folder)}
-    resources: dict[str, float] = {"CPU": training.cpus}
-    if gpus:
-        resources["GPU"] = gpus
+    resources: dict[str, float] = {"CPU": demand.cpus}
+    if demand.gpus:
+        resources["GPU"] = demand.gpus
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
-            "key": key,
-            "job": job,
+            "pack": pack,
             "tasks": members,
             "training": training,
             "folder": str(folder),
             "model": model,
+            "watched": watches_preemption(),
         },
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=bool(gpus), resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=1, use_gpu=bool(demand.gpus), resources_per_worker=resources
+        ),
         run_config=ray.train.RunConfig(
-            name=key,
+            name=pack.name,
             storage_path=str((folder / "checkpoints").resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=training.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=training.max_failures,
+                max_preemption_failures=training.max_preemptions,
+                controller_failure_limit=3,
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=[_memory_watch(pack.folder(folder))],
         ),
     )
     trainer.fit()
-    shutil.rmtree(folder / "checkpoints" / key, ignore_errors=True)
 
 
-def _watch(wanted: dict[str, AdapterJob], folder: Path, bar: Bar, stop: threading.Event) -> None:
-    """Turn the workers' logs into progress."""
+def _memory_watch(checkpoints: Path) -> Any:
+    """A callback of Ray Train's controller that notes which workers were killed for their memory."""
+    from ray.train import UserCallback
+
+    class MemoryWatch(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if any(is_memory_kill(error) for error in worker_exceptions.values()):
+                note_out_of_memory(checkpoints)
+
+    return MemoryWatch()
+
+
+def is_memory_kill(error: BaseException) -> bool:
+    """Whether Ray's memory monitor ended the worker that this error is about."""
+    from ray.exceptions import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
+
+
+@dataclass
+class _Told:
+    """What the watcher has told of one job."""
+
+    step: int = 0
+    batch_tokens: int | None = None
+
+
+def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Event) -> None:
+    """Turn the workers' logs into progress, and tell where memory made micro-batches smaller."""
+    told = {key: _Told() for pack in running for key in pack.jobs}
     seen = 0
     while True:
         ended = stop.wait(1.0)
-        steps, notes = 0, []
-        for key, job in wanted.items():
-            log = folder / "checkpoints" / key / "train.jsonl"
-            if (folder / "trained" / key / "result.json").exists():
-                steps += job.steps
-                continue
-            if not log.exists():
-                continue
-            last = read_row((log.read_text().splitlines() or [""])[-1])
-            if last is not None:
-                steps += int(last["step"]) + 1
+        notes = []
+        for pack in running:
+            for key, job in pack.jobs.items():
+                if (folder / "trained" / key / "result.json").exists():
+                    told[key] = replace(told[key], step=job.steps)
+                    continue
+                log = pack.log(folder, key)
+                last = read_row((log.read_text().splitlines() or [""])[-1]) if log.exists() else None
+                if last is None:
+                    continue
+                tokens = last.get("batch_tokens")
+                if tokens != told[key].batch_tokens:
+                    console.print(
+                        f"{job.name}: memory ran out; micro-batches of {tokens} tokens from here", markup=False
+                    )
+                told[key] = _Told(int(last["step"]) + 1, tokens)
                 notes.append(f"{job.name} loss {last['loss']:.2f}")
+        steps = sum(each.step for each in told.values())
         if steps > seen:
             bar.advance(steps - seen, ", ".join(notes))
             seen = steps
@@ -175,8 +259,23 @@ def _watch(wanted: dict[str, AdapterJob], folder: Path, bar: Bar, stop: threadin
 
 
 def _reason(error: BaseException) -> str:
+    """Why a job failed, in a line, with what to do where that is known."""
     cause = getattr(error, "worker_failures", None)
     if isinstance(cause, dict) and cause:
         error = next(iter(cause.values()))
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+    text = str(error).strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+    if "No space left on device" in text:
+        return f"the disk of the run folder is full; free some space ({reason})"
+    if is_memory_kill(error):
+        return f"killed for its memory, also with smaller micro-batches; lower training.concurrency ({reason})"
+    if "WorkerGroupStartupTimeout" in text or type(error).__name__ == "WorkerGroupStartupTimeoutError":
+        import ray
+
+        free = ray.available_resources()
+        return (
+            f"no worker could start; the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, "
+            f"the rest is held by other work ({reason})"
+        )
+    return reason

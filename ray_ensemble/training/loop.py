@@ -42,6 +42,7 @@ def train_adapter(
     resume: Path | None = None,
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     on_checkpoint: OnCheckpoint = lambda step, save: None,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> TrainingState:
     """Train the one trainable adapter of `model` on the training splits of `tasks`.
 
@@ -56,6 +57,7 @@ def train_adapter(
         on_step: called after each step with {"step", "loss", "learning_rate", "gradient_norm", "tokens", "seconds"}, with
             "validation_loss" where it was evaluated, and "batch_tokens" where memory made the budget of a micro-batch smaller.
         on_checkpoint: called with the step and a function that saves the checkpoint into a folder.
+        preempted: asked after each step; when it first says yes, a checkpoint follows.
 
     Returns:
         The final state. With early stop the adapter is that of its `best_step`, else that of the last step.
@@ -72,7 +74,9 @@ def train_adapter(
         learner.load(resume)
     with ExitStack() as stack:
         loop = Loop(model, [learner], config, pad_id, device, stack, model.active_adapters)
-        loop.run(lambda _, row: on_step(row), lambda step, save: on_checkpoint(step, lambda at: save(at, learner)))
+        loop.run(
+            lambda _, row: on_step(row), lambda step, save: on_checkpoint(step, lambda at: save(at, learner)), preempted
+        )
     if learner.state.failed:
         raise RunError(learner.state.failed)
     return learner.state
@@ -123,15 +127,23 @@ class Loop:
         lowered = [learner.state.batch_tokens for learner in learners if learner.state.batch_tokens is not None]
         self._budget = TokenBudget(min([config.batch_tokens, *lowered]), device)
 
-    def run(self, on_step: OnStep, on_checkpoint: Callable[[int, Callable[[Path, Learner], None]], None]) -> None:
+    def run(
+        self,
+        on_step: OnStep,
+        on_checkpoint: Callable[[int, Callable[[Path, Learner], None]], None],
+        preempted: Callable[[], bool],
+    ) -> None:
         """Make all steps of all learners. A learner whose loss is not finite fails alone; its state tells why."""
         self.model.train()
         step = max(learner.state.step for learner in self.learners)
+        warned = False
         while active := [learner for learner in self.learners if not learner.done]:
             self._step(active, on_step)
             step += 1
             ended = any(learner.done and not learner.state.failed for learner in active)
-            if step % self.config.checkpoint_every == 0 or ended:
+            notice = not warned and preempted()
+            warned = warned or notice
+            if step % self.config.checkpoint_every == 0 or ended or notice:
                 on_checkpoint(step, lambda folder, learner: learner.save(folder))
         for learner in self.learners:
             learner.restore_best()

@@ -48,6 +48,7 @@ def train_together(
     resume: Path | None = None,
     on_step: Callable[[str, dict[str, Any]], None] = lambda adapter, row: None,
     on_checkpoint: OnCheckpoint = lambda step, save: None,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> dict[str, TrainingState]:
     """Train several adapters of one model side by side, each as `train_adapter` would train it alone.
 
@@ -64,6 +65,7 @@ def train_together(
         on_step: called with the adapter's name and what `train_adapter` gives its own `on_step`; "seconds" are those of the
             step of all adapters.
         on_checkpoint: called with the step and a function that saves the checkpoint of all of them into a folder.
+        preempted: as for `train_adapter`.
 
     Returns:
         Name of the adapter -> its final state. `failed` is the reason where its loss was not finite; the others went on, and
@@ -95,6 +97,7 @@ def train_together(
         loop.run(
             lambda learner, row: on_step(names[learner.place], row),
             lambda step, save: on_checkpoint(step, lambda folder: save_all(folder, save)),
+            preempted,
         )
     return {name: learner.state for name, learner in learners.items()}
 

@@ -1,4 +1,4 @@
-"""What runs on a Ray Train worker: load, resume, train, report checkpoints, leave the adapter in the run folder."""
+"""What runs on a Ray Train worker: load, resume, train, report checkpoints, leave each adapter in the run folder."""
 
 from __future__ import annotations
 
@@ -6,44 +6,114 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray_ensemble.config import TrainingConfig
+from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import jsonl_appender, read_json, sha256_file, whole_folder, write_json
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import ADAPTER_FILES, AdapterJob
+from ray_ensemble.training.learner import TrainingState
+
+_MEMORY = "out_of_memory.jsonl"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Adapters that one Ray Train run trains: its name, and the jobs by key. Most packs hold one."""
+
+    name: str
+    jobs: dict[str, AdapterJob]
+
+    def folder(self, run: Path) -> Path:
+        """Where Ray Train keeps the pack's checkpoints."""
+        return run / "checkpoints" / self.name
+
+    def log(self, run: Path, key: str) -> Path:
+        """Where a job's steps are logged while it trains."""
+        return self.folder(run) / "logs" / f"{key}.jsonl"
+
+    def failure(self, run: Path, key: str) -> Path:
+        """Where a job says why it cannot be trained, if that is so: `{"reason": …}`."""
+        return self.folder(run) / "failed" / f"{key}.json"
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What runs on a Ray Train worker: load, resume, train, report checkpoints, leave the adapter in the run folder."""
+    """Train a pack.
+
+    What another attempt would only meet again (a loss that is no number, a batch that does not fit, wrong settings) is written
+    down and ends the job; whatever else is raised makes Ray Train try again from the last checkpoint.
+
+    Args:
+        settings: {"pack", "tasks" (of all its jobs), "training", "folder" (of the run), "model", "watched" (whether Ray Train
+            passes on notices of pre-emption)}.
+    """
     import ray.train
     import torch
 
-    from ray_ensemble.models import (
-        attach_adapters,
-        default_device,
-        load_base,
-        materialise,
-        quiet_libraries,
-        save_adapter,
-    )
-    from ray_ensemble.training.loop import train_adapter
+    from ray_ensemble.models import attach_adapters, default_device, load_base, materialise, quiet_libraries
 
-    job: AdapterJob = settings["job"]
-    training: TrainingConfig = settings["training"]
-    folder, key, source = Path(settings["folder"]), settings["key"], settings["model"]
+    pack: Pack = settings["pack"]
+    folder, source = Path(settings["folder"]), settings["model"]
+    training = _within_memory(settings["training"], pack.folder(folder))
+    shutil.rmtree(pack.folder(folder) / "failed", ignore_errors=True)
     quiet_libraries()
     torch.set_num_threads(training.threads)
     started = time.monotonic()
-    model = attach_adapters(
-        load_base(materialise(source["source"]), source["quantization"], default_device()),
-        {"default": Path(source["initial_adapter"])},
-        trainable="default",
-    )
-    log = folder / "checkpoints" / key / "train.jsonl"
+    starts = {
+        name: job.start.folder if job.start is not None else Path(source["initial_adapter"])
+        for name, job in _names(pack).items()
+    }
+    base = load_base(materialise(source["source"]), source["quantization"], default_device())
+    model = attach_adapters(base, starts, trainable=next(iter(starts)) if len(starts) == 1 else None)
+    checkpoint = ray.train.get_checkpoint()
+    try:
+        if checkpoint is None:
+            shutil.rmtree(pack.folder(folder) / "logs", ignore_errors=True)
+            states = _train(model, pack, settings, training, None)
+        else:
+            with checkpoint.as_directory() as resume:
+                _cut_logs(pack, folder, Path(resume))
+                states = _train(model, pack, settings, training, Path(resume))
+    except (InputError, RunError) as error:
+        for key in pack.jobs:
+            write_json(pack.failure(folder, key), {"reason": str(error)})
+        return
+    seconds = time.monotonic() - started
+    tokens = sum(state.tokens for state in states.values())
+    for (name, job), key in zip(_names(pack).items(), pack.jobs, strict=True):
+        state = states[name]
+        if state.failed:
+            write_json(pack.failure(folder, key), {"reason": state.failed})
+            continue
+        # Adapters of a pack share a process; each is charged its share of the rows' tokens.
+        _keep(model, name, job, state, pack.log(folder, key), folder / "trained" / key, seconds * state.tokens / tokens)
 
-    def on_checkpoint(step: int, save: Any) -> None:
+
+def _names(pack: Pack) -> dict[str, AdapterJob]:
+    """The jobs by the names that their adapters have in the model."""
+    if len(pack.jobs) == 1:
+        return {"default": next(iter(pack.jobs.values()))}
+    return {f"adapter-{key}": job for key, job in pack.jobs.items()}
+
+
+def _train(
+    model: Any, pack: Pack, settings: dict[str, Any], training: TrainingConfig, resume: Path | None
+) -> dict[str, TrainingState]:
+    """Final state of every adapter, by its name in the model."""
+    import ray.train
+
+    from ray_ensemble.training.loop import train_adapter
+    from ray_ensemble.training.together import AdapterRun, train_together
+
+    folder, pad_id = Path(settings["folder"]), settings["model"]["pad_id"]
+    tasks: dict[str, EncodedTask] = {task.name: task for task in settings["tasks"]}
+
+    def on_checkpoint(step: int, save: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             save(Path(temporary))
             ray.train.report(
@@ -52,52 +122,85 @@ def train_worker(settings: dict[str, Any]) -> None:
                 checkpoint_dir_name=f"step-{step:06d}",
             )
 
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        log.unlink(missing_ok=True)
+    def preempted() -> bool:
+        return settings["watched"] and ray.train.get_preemption_info() is not None
+
+    def members(job: AdapterJob) -> tuple[EncodedTask, ...]:
+        # In the run's order, which is the order that the sampler counts in.
+        return tuple(task for name, task in tasks.items() if name in job.members)
+
+    names = _names(pack)
+    logs = {n: jsonl_appender(pack.log(folder, key)) for n, key in zip(names, pack.jobs, strict=True)}
+    if len(names) == 1:
+        [(name, job)] = names.items()
         state = train_adapter(
-            model, settings["tasks"], training, job.steps, job.seed, source["pad_id"],
-            on_step=jsonl_appender(log), on_checkpoint=on_checkpoint,
+            model, members(job), training, job.steps, job.seed, pad_id,
+            resume=resume, on_step=logs[name], on_checkpoint=on_checkpoint, preempted=preempted,
         )  # fmt: skip
-    else:
-        with checkpoint.as_directory() as resume:
-            _cut_log(log, Path(resume))
-            state = train_adapter(
-                model, settings["tasks"], training, job.steps, job.seed, source["pad_id"],
-                resume=Path(resume), on_step=jsonl_appender(log), on_checkpoint=on_checkpoint,
-            )  # fmt: skip
+        return {name: state}
+    runs = [AdapterRun(name, members(job), job.steps, job.seed) for name, job in names.items()]
+    return train_together(
+        model, runs, training, pad_id,
+        resume=resume, on_step=lambda name, row: logs[name](row), on_checkpoint=on_checkpoint, preempted=preempted,
+    )  # fmt: skip
+
+
+def _keep(
+    model: Any, name: str, job: AdapterJob, state: TrainingState, log: Path, target: Path, seconds: float
+) -> None:
+    """Write a trained adapter, its log and what it cost, whole or not at all."""
+    from ray_ensemble.models import save_adapter
+
     rows = [read for line in log.read_text().splitlines() if (read := read_row(line)) is not None]
     tail = [row["loss"] for row in rows[-20:]]
-    with whole_folder(folder / "trained" / key) as temporary_folder:
-        save_adapter(model, temporary_folder, "default")
-        shutil.copy(log, temporary_folder / "train.jsonl")
+    with whole_folder(target) as temporary:
+        save_adapter(model, temporary, name)
+        shutil.copy(log, temporary / "train.jsonl")
         write_json(
-            temporary_folder / "result.json",
+            temporary / "result.json",
             {
                 "members": list(job.members),
                 "seed": job.seed,
                 "steps": state.step,
+                "best_step": state.best_step,
                 "tokens": state.tokens,
+                "validation_tokens": state.validation_tokens,
                 "final_loss": sum(tail) / len(tail),
-                "seconds": time.monotonic() - started,
+                "seconds": seconds,
                 "peak_memory_bytes": peak_memory_bytes(),
-                "files": {name: sha256_file(temporary_folder / name) for name in ADAPTER_FILES},
+                "files": {file: sha256_file(temporary / file) for file in ADAPTER_FILES},
             },
         )
 
 
+def note_out_of_memory(checkpoints: Path) -> None:
+    """Write down that the operating system or Ray killed a worker of this pack for its memory."""
+    jsonl_appender(checkpoints / _MEMORY)({"killed": "out of memory"})
+
+
+def _within_memory(training: TrainingConfig, checkpoints: Path) -> TrainingConfig:
+    """The settings with micro-batches halved once for every time that a worker was killed for its memory."""
+    file = checkpoints / _MEMORY
+    kills = len(file.read_text().splitlines()) if file.exists() else 0
+    return training.model_copy(update={"batch_tokens": max(1, training.batch_tokens >> kills)})
+
+
 def read_row(line: str) -> dict[str, Any] | None:
-    """A row of `train.jsonl`, or None where a kill cut it off."""
+    """A row of a log, or None where a kill cut it off."""
     try:
         row: dict[str, Any] = json.loads(line)
     except json.JSONDecodeError:
-        return None  # the last line of a killed worker
+        return None
     return row
 
 
-def _cut_log(log: Path, checkpoint: Path) -> None:
-    """Drop the log's rows after the checkpoint; they are about to be made again."""
-    step = read_json(checkpoint / "state.json", "checkpoint")["step"]
-    lines = log.read_text().splitlines() if log.exists() else []
-    kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] < step]
-    log.write_text("".join(f"{line}\n" for line in kept))
+def _cut_logs(pack: Pack, folder: Path, checkpoint: Path) -> None:
+    """Drop the logs' rows after the checkpoint; they are about to be made again."""
+    for name, key in zip(_names(pack), pack.jobs, strict=True):
+        state = checkpoint / "state.json" if len(pack.jobs) == 1 else checkpoint / name / "state.json"
+        step = read_json(state, "checkpoint")["step"] if state.exists() else 0
+        log = pack.log(folder, key)
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] < step]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(f"{line}\n" for line in kept))

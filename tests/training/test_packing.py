@@ -1,0 +1,37 @@
+"""Packs hold every job once, within their limits, and end no later than an even share or the largest job asks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_ensemble.training.packing import packs
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 1000), max_size=30), st.integers(1, 8), st.integers(1, 6))
+def test_packs_are_a_partition_within_their_limits(sizes, most, at_once):
+    found = packs(sizes, most, at_once)
+    assert sorted(place for pack in found for place in pack) == list(range(len(sizes)))
+    loads = [sum(sizes[i] for i in pack) for pack in found]
+    assert loads == sorted(loads, reverse=True)
+    for pack, load in zip(found, loads, strict=True):
+        assert len(pack) <= most
+        assert load <= max(*sizes, -(-sum(sizes) // at_once))
+
+
+def test_one_a_pack_is_the_biggest_first():
+    assert packs([3, 9, 5, 9], 1, 2) == [[1], [3], [2], [0]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_once", "wanted"),
+    [
+        ([10, 10, 10, 10], 2, [[0, 1], [2, 3]]),  # both places stay busy
+        ([10, 10, 10, 10], 1, [[0, 1, 2, 3]]),
+        ([80, 20, 20, 20], 2, [[0], [1, 2, 3]]),  # the small ones end before the large one
+    ],
+)
+def test_packs_leave_no_place_idle(sizes, at_once, wanted):
+    assert packs(sizes, 4, at_once) == wanted
