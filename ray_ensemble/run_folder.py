@@ -46,6 +46,8 @@ _FREE = (
     "training.cpus",
     "training.gpus",
     "training.max_failures",
+    "training.max_preemptions",
+    "training.pack",
     "training.checkpoint_every",
     "training.batch_tokens",
     "training.activation_checkpointing",
