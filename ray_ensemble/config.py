@@ -188,6 +188,7 @@ class EarlyStopConfig(Section):
 
 
 Sampling = Literal["examples", "tasks"]
+Logger = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class TrainingConfig(Section):
@@ -203,7 +204,7 @@ class TrainingConfig(Section):
 
     A job is one Ray Train run of `cpus` and `gpus` (fractions allowed), and trains one adapter, or up to `pack` small ones on one
     copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job;
-    nodes that are taken away count apart, by `max_preemptions`.
+    nodes that are taken away count apart, by `max_preemptions`. `loggers` show the steps elsewhere than in `train.jsonl`.
     """
 
     epochs: Count = 2
@@ -229,6 +230,7 @@ class TrainingConfig(Section):
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     threads: Count = 1
     pack: Count = 1
+    loggers: list[Logger] = []
     seed: Seed = 0
 
     def steps(self, examples: int) -> int:

@@ -48,6 +48,7 @@ _FREE = (
     "training.max_failures",
     "training.max_preemptions",
     "training.pack",
+    "training.loggers",
     "training.checkpoint_every",
     "training.batch_tokens",
     "training.activation_checkpointing",

@@ -18,6 +18,7 @@ from ray_ensemble.progress import Bar, console
 from ray_ensemble.runtime import cluster_cpus, cluster_gpus, watches_preemption
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
+from ray_ensemble.training.loggers import check_loggers
 from ray_ensemble.training.packing import packs
 from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
 
@@ -47,10 +48,11 @@ def train_adapters(
         Job name -> trained adapter.
 
     Raises:
-        InputError: a job asks for more than the cluster has.
+        InputError: a job asks for more than the cluster has, or for a logger that is not installed.
         RunError: jobs failed for good. The others are finished first and kept, `failures.json` in the run folder names those
             that failed, and the message says what to do.
     """
+    check_loggers(config.training.loggers)
     keys = {job.name: job_key(job, tasks, config, base) for job in jobs}
     wanted: dict[str, AdapterJob] = {}
     for job in jobs:

@@ -6,7 +6,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ray_ensemble.runtime import peak_memory_bytes
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import ADAPTER_FILES, AdapterJob
 from ray_ensemble.training.learner import TrainingState
+from ray_ensemble.training.loggers import Log, open_loggers
 
 _MEMORY = "out_of_memory.jsonl"
 
@@ -130,19 +132,38 @@ def _train(
         return tuple(task for name, task in tasks.items() if name in job.members)
 
     names = _names(pack)
-    logs = {n: jsonl_appender(pack.log(folder, key)) for n, key in zip(names, pack.jobs, strict=True)}
-    if len(names) == 1:
-        [(name, job)] = names.items()
-        state = train_adapter(
-            model, members(job), training, job.steps, job.seed, pad_id,
-            resume=resume, on_step=logs[name], on_checkpoint=on_checkpoint, preempted=preempted,
+    with ExitStack() as stack:
+        logs = {
+            name: stack.enter_context(_logging(pack, key, job, training, folder))
+            for (name, job), key in zip(names.items(), pack.jobs, strict=True)
+        }
+        if len(names) == 1:
+            [(name, job)] = names.items()
+            state = train_adapter(
+                model, members(job), training, job.steps, job.seed, pad_id,
+                resume=resume, on_step=logs[name], on_checkpoint=on_checkpoint, preempted=preempted,
+            )  # fmt: skip
+            return {name: state}
+        runs = [AdapterRun(name, members(job), job.steps, job.seed) for name, job in names.items()]
+        return train_together(
+            model, runs, training, pad_id,
+            resume=resume, on_step=lambda name, row: logs[name](row), on_checkpoint=on_checkpoint, preempted=preempted,
         )  # fmt: skip
-        return {name: state}
-    runs = [AdapterRun(name, members(job), job.steps, job.seed) for name, job in names.items()]
-    return train_together(
-        model, runs, training, pad_id,
-        resume=resume, on_step=lambda name, row: logs[name](row), on_checkpoint=on_checkpoint, preempted=preempted,
-    )  # fmt: skip
+
+
+@contextmanager
+def _logging(pack: Pack, key: str, job: AdapterJob, training: TrainingConfig, folder: Path) -> Iterator[Log]:
+    """A function that appends to a job's log, and shows the row where that was asked for."""
+    file = pack.log(folder, key)
+    begun = len(file.read_text().splitlines()) if file.exists() else 0
+    append = jsonl_appender(file)
+    with open_loggers(training.loggers, folder, job.name, key, begun) as show:
+
+        def log(row: dict[str, Any]) -> None:
+            append(row)
+            show(row)
+
+        yield log
 
 
 def _keep(
