@@ -188,6 +188,7 @@ class EarlyStopConfig(Section):
 
 
 Sampling = Literal["examples", "tasks"]
+Strategy = Literal["none", "zero2", "zero3", "fsdp2"]
 
 
 class TrainingConfig(Section):
@@ -200,6 +201,11 @@ class TrainingConfig(Section):
     `activation_checkpointing` recomputes activations in the backward pass, which costs a forward pass and saves most of the
     memory that grows with the batch; the result is the same. `precision: auto` is bf16 autocast on a GPU that has it, fp32
     elsewhere. `optimizer: paged_adamw` (GPU only) lets the optimiser's state move to host memory.
+
+    An adapter's job has `workers` workers, each with its own `cpus` and `gpus`, that share the rows of every step. With
+    `strategy: none` each holds the whole base; `zero3` (DeepSpeed) and `fsdp2` (torch) cut the base into a shard each, `zero2`
+    (DeepSpeed) the optimiser's state and gradients alone. `offload` moves what was cut to host memory: the optimiser's state
+    under `zero2`, the base's shards too under `zero3`, the base's shards under `fsdp2` (docs/training.md).
     """
 
     epochs: Count = 2
@@ -218,13 +224,40 @@ class TrainingConfig(Section):
     activation_checkpointing: bool = False
     checkpoint_every: Count = 50
     max_failures: Annotated[int, Field(ge=0)] = 2
-    strategy: Literal["none"] = "none"
+    strategy: Strategy = "none"
+    workers: Count = 1
+    offload: bool = False
     concurrency: Literal["auto"] | Count = "auto"
     cpus: Fraction = 1.0
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     threads: Count = 1
     pack: Literal[1] = 1
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainingConfig:
+        if self.offload and self.strategy == "none":
+            raise ValueError("offload: true needs strategy zero2, zero3 or fsdp2; with none, leave it out")
+        if self.strategy in ("zero2", "zero3") and self.optimizer != "adamw":
+            raise ValueError(
+                f"optimizer: {self.optimizer} cannot be used under strategy {self.strategy}, where the optimiser's state is "
+                "DeepSpeed's; use adamw, with offload: true to keep its state in host memory"
+            )
+        if self.workers > self.batch_size:
+            raise ValueError(
+                f"{self.workers} workers share the {self.batch_size} examples of a step, so some would have none; lower "
+                "workers or raise batch_size"
+            )
+        if self.workers > 1 and self.gpus != "auto" and self.gpus != int(self.gpus):
+            raise ValueError(
+                f"gpus: {self.gpus:g} is not a whole number, and several workers cannot share a GPU; use gpus: 1 or workers: 1"
+            )
+        if self.pack > 1 and (self.strategy != "none" or self.workers > 1):
+            raise ValueError(
+                "pack: several adapters on one base are trained by one worker with strategy none; use pack: 1, or workers: 1 "
+                "and strategy: none"
+            )
+        return self
 
     def steps(self, examples: int) -> int:
         """Optimiser steps that an adapter trained on `examples` examples gets: its epochs, but never below the floor."""

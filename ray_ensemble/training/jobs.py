@@ -69,13 +69,14 @@ def _run_all(
 ) -> None:
     training = config.training
     gpus = _gpus_per_job(training)
-    if training.cpus > cluster_cpus() or gpus > cluster_gpus():
+    job_cpus, job_gpus = training.cpus * training.workers, gpus * training.workers
+    if job_cpus > cluster_cpus() or job_gpus > cluster_gpus():
         raise InputError(
-            f"training asks for {training.cpus:g} CPUs and {gpus:g} GPUs a job, the cluster has {cluster_cpus()} CPUs "
-            f"and {cluster_gpus()} GPUs: lower training.cpus or training.gpus"
+            f"training asks for {job_cpus:g} CPUs and {job_gpus:g} GPUs a job, the cluster has {cluster_cpus()} CPUs "
+            f"and {cluster_gpus()} GPUs: lower training.cpus, training.gpus or training.workers"
         )
     # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
-    fitting = int(min(cluster_cpus() / training.cpus, cluster_gpus() / gpus if gpus else float("inf")))
+    fitting = int(min(cluster_cpus() / job_cpus, cluster_gpus() / job_gpus if gpus else float("inf")))
     at_once = min(len(wanted), fitting if training.concurrency == "auto" else training.concurrency)
     ordered = sorted(wanted.items(), key=lambda item: -item[1].steps)
     total = sum(job.steps for job in wanted.values())
@@ -138,7 +139,9 @@ def _run_one(
             "model": model,
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=bool(gpus), resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.workers, use_gpu=bool(gpus), resources_per_worker=resources
+        ),
         run_config=ray.train.RunConfig(
             name=key,
             storage_path=str((folder / "checkpoints").resolve()),

@@ -13,6 +13,7 @@ from ray_ensemble.config import TrainingConfig
 from ray_ensemble.files import jsonl_appender, read_json, sha256_file, whole_folder, write_json
 from ray_ensemble.runtime import peak_memory_bytes
 from ray_ensemble.training.cache import ADAPTER_FILES, AdapterJob
+from ray_ensemble.training.learner import TrainingState
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -21,14 +22,12 @@ def train_worker(settings: dict[str, Any]) -> None:
     import torch
 
     from ray_ensemble.models import (
-        attach_adapters,
         default_device,
-        load_base,
         materialise,
         quiet_libraries,
-        save_adapter,
     )
     from ray_ensemble.training.loop import train_adapter
+    from ray_ensemble.training.parallel import make_workers
 
     job: AdapterJob = settings["job"]
     training: TrainingConfig = settings["training"]
@@ -36,11 +35,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     quiet_libraries()
     torch.set_num_threads(training.threads)
     started = time.monotonic()
-    model = attach_adapters(
-        load_base(materialise(source["source"]), source["quantization"], default_device()),
-        {"default": Path(source["initial_adapter"])},
-        trainable="default",
-    )
+    device = default_device()
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # Ray Train has chosen this worker's
+    workers = make_workers(training)
+    leads = workers.rank == 0
+    initial = Path(source["initial_adapter"])
+    model = workers.load(materialise(source["source"]), source["quantization"], initial, device)
     log = folder / "checkpoints" / key / "train.jsonl"
 
     def on_checkpoint(step: int, save: Any) -> None:
@@ -48,24 +49,40 @@ def train_worker(settings: dict[str, Any]) -> None:
             save(Path(temporary))
             ray.train.report(
                 {"step": step},
-                checkpoint=ray.train.Checkpoint.from_directory(temporary),
+                checkpoint=ray.train.Checkpoint.from_directory(temporary) if leads else None,
                 checkpoint_dir_name=f"step-{step:06d}",
             )
 
+    append = jsonl_appender(log) if leads else lambda row: None
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        log.unlink(missing_ok=True)
+        if leads:
+            log.unlink(missing_ok=True)
         state = train_adapter(
             model, settings["tasks"], training, job.steps, job.seed, source["pad_id"],
-            on_step=jsonl_appender(log), on_checkpoint=on_checkpoint,
+            workers=workers, on_step=append, on_checkpoint=on_checkpoint,
         )  # fmt: skip
     else:
         with checkpoint.as_directory() as resume:
-            _cut_log(log, Path(resume))
+            if leads:
+                _cut_log(log, Path(resume))
             state = train_adapter(
                 model, settings["tasks"], training, job.steps, job.seed, source["pad_id"],
-                resume=Path(resume), on_step=jsonl_appender(log), on_checkpoint=on_checkpoint,
+                workers=workers, resume=Path(resume), on_step=append, on_checkpoint=on_checkpoint,
             )  # fmt: skip
+    peak = workers.most(peak_memory_bytes(), device)
+    with workers.whole_adapter(model):
+        if leads:
+            _leave(model, settings, state, peak, time.monotonic() - started)
+
+
+def _leave(model: Any, settings: dict[str, Any], state: TrainingState, peak: int, seconds: float) -> None:
+    """Leave the adapter, its log and its record in the run folder."""
+    from ray_ensemble.models import save_adapter
+
+    job: AdapterJob = settings["job"]
+    folder, key = Path(settings["folder"]), settings["key"]
+    log = folder / "checkpoints" / key / "train.jsonl"
     rows = [read for line in log.read_text().splitlines() if (read := read_row(line)) is not None]
     tail = [row["loss"] for row in rows[-20:]]
     with whole_folder(folder / "trained" / key) as temporary_folder:
@@ -79,8 +96,8 @@ def train_worker(settings: dict[str, Any]) -> None:
                 "steps": state.step,
                 "tokens": state.tokens,
                 "final_loss": sum(tail) / len(tail),
-                "seconds": time.monotonic() - started,
-                "peak_memory_bytes": peak_memory_bytes(),
+                "seconds": seconds,
+                "peak_memory_bytes": peak,
                 "files": {name: sha256_file(temporary_folder / name) for name in ADAPTER_FILES},
             },
         )
