@@ -226,11 +226,13 @@ class ZeroOptimiser(AdapterOptimiser):
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, which compiles a communication module once and keeps it in this project's cache."""
+    """DeepSpeed, with what it compiles kept in this project's cache."""
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_dir() / "torch_extensions"))
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU it would first compile a collective that inference alone uses, for a minute and more.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
