@@ -97,14 +97,14 @@ class LimitsConfig(Section):
     max_tokens: Annotated[int, Field(ge=8)] = 512
 
 
-class ReplicaRange(Section):
-    """Replicas that grow with the work from `min` to `max`, as far as an autoscaling cluster gives room."""
+class Range(Section):
+    """Replicas or workers that grow with the work from `min` to `max`."""
 
     min: Count = 1
     max: Count
 
     @model_validator(mode="after")
-    def _ordered(self) -> ReplicaRange:
+    def _ordered(self) -> Range:
         if self.min > self.max:
             raise ValueError(f"min {self.min} is more than max {self.max}")
         return self
@@ -128,7 +128,7 @@ class GradientsConfig(Section):
     dim: Annotated[int, Field(ge=1, le=65536)] = 400
     seed: Seed = 0
     projection: Literal["rademacher", "kronecker"] = "rademacher"
-    replicas: Literal["auto"] | Count | ReplicaRange = "auto"
+    replicas: Literal["auto"] | Count | Range = "auto"
     shards: Count = 1
     threads: Count = 1
     start: Literal["fresh", "meta"] = "fresh"
@@ -189,6 +189,7 @@ class EarlyStopConfig(Section):
 
 Sampling = Literal["examples", "tasks"]
 Logger = Literal["tensorboard", "mlflow", "wandb"]
+Strategy = Literal["none", "zero2", "zero3", "fsdp2"]
 
 
 class TrainingConfig(Section):
@@ -205,6 +206,12 @@ class TrainingConfig(Section):
     A job is one Ray Train run of `cpus` and `gpus` (fractions allowed), and trains one adapter, or up to `pack` small ones on one
     copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job;
     nodes that are taken away count apart, by `max_preemptions`. `loggers` show the steps elsewhere than in `train.jsonl`.
+
+    A job has `workers` workers, each with its own `cpus` and `gpus`, that share the rows of every step; with a range {min, max}
+    the job with the most steps has `max` of them, and others have in proportion. With `strategy: none` each holds the whole base;
+    `zero3` (DeepSpeed) and `fsdp2` (torch) cut the base into a shard each, `zero2`
+    (DeepSpeed) the optimiser's state and gradients alone. `offload` moves what was cut to host memory: the optimiser's state
+    under `zero2`, the base's shards too under `zero3`, the base's shards under `fsdp2` (docs/training.md).
     """
 
     epochs: Count = 2
@@ -224,7 +231,9 @@ class TrainingConfig(Section):
     checkpoint_every: Count = 50
     max_failures: Annotated[int, Field(ge=0)] = 2
     max_preemptions: Annotated[int, Field(ge=0)] = 100
-    strategy: Literal["none"] = "none"
+    strategy: Strategy = "none"
+    workers: Count | Range = 1
+    offload: bool = False
     concurrency: Literal["auto"] | Count = "auto"
     cpus: Fraction = 1.0
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
@@ -232,6 +241,42 @@ class TrainingConfig(Section):
     pack: Count = 1
     loggers: list[Logger] = []
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainingConfig:
+        if self.offload and self.strategy == "none":
+            raise ValueError("offload: true needs strategy zero2, zero3 or fsdp2; with none, leave it out")
+        if self.strategy in ("zero2", "zero3") and self.optimizer != "adamw":
+            raise ValueError(
+                f"optimizer: {self.optimizer} cannot be used under strategy {self.strategy}, where the optimiser's state is "
+                "DeepSpeed's; use adamw, with offload: true to keep its state in host memory"
+            )
+        if self.most_workers > self.batch_size:
+            raise ValueError(
+                f"{self.most_workers} workers share the {self.batch_size} examples of a step, so some would have none; lower "
+                "workers or raise batch_size"
+            )
+        if self.most_workers > 1 and self.gpus != "auto" and self.gpus != int(self.gpus):
+            raise ValueError(
+                f"gpus: {self.gpus:g} is not a whole number, and several workers cannot share a GPU; use gpus: 1 or workers: 1"
+            )
+        if self.pack > 1 and (self.strategy != "none" or self.most_workers > 1):
+            raise ValueError(
+                "pack: several adapters on one base are trained by one worker with strategy none; use pack: 1, or workers: 1 "
+                "and strategy: none"
+            )
+        return self
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that a job has at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    def workers_of(self, steps: int, longest: int) -> int:
+        """Workers of a job of so many steps, where the longest has `longest`."""
+        if isinstance(self.workers, int):
+            return self.workers
+        return max(self.workers.min, round(self.workers.max * steps / longest))
 
     def steps(self, examples: int) -> int:
         """Optimiser steps that an adapter trained on `examples` examples gets: its epochs, but never below the floor."""

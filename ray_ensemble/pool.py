@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from ray_ensemble.config import ReplicaRange
+from ray_ensemble.config import Range
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.runtime import cluster_cpus, cluster_gpus
 
@@ -58,7 +58,7 @@ class PlainActors:
         ray.kill(actor)
 
 
-def pool_size(wanted: Literal["auto"] | int | ReplicaRange, threads: int, units: int, shards: int = 1) -> PoolSize:
+def pool_size(wanted: Literal["auto"] | int | Range, threads: int, units: int, shards: int = 1) -> PoolSize:
     """How many actors to keep for `units` units: what was asked for, or as many as the cluster now holds; at least one.
 
     Args:

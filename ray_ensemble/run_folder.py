@@ -52,6 +52,8 @@ _FREE = (
     "training.checkpoint_every",
     "training.batch_tokens",
     "training.activation_checkpointing",
+    "training.workers",
+    "training.offload",
 )
 
 

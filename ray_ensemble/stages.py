@@ -78,7 +78,9 @@ class Stages:
             model_hash,
             resolve_quantization,
         )
+        from ray_ensemble.training.parallel import check_strategy
 
+        check_strategy(self.config.training)
         base = load_base(self._model_folder, "none", default_device())
         trees = {task.name: LabelTree.of(task.label_ids) for task in self.encoded}
         width = max(len(e.prompt_ids) + len(trees[t.name].tokens) for t in self.encoded for s in SPLITS for e in t[s])

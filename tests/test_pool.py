@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from ray_ensemble.config import ReplicaRange
+from ray_ensemble.config import Range
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.pool import PlainActors, PoolSize, map_units, pool_size
 
@@ -110,7 +110,7 @@ def test_results_wait_in_bounded_number(ray_cluster, tmp_path, in_flight):
 
 
 def test_pool_grows_with_the_work_and_needs_no_more_than_the_cluster_has(ray_cluster, tmp_path):
-    assert pool_size(ReplicaRange(min=1, max=16), 1, 5) == PoolSize(1, 5)
+    assert pool_size(Range(min=1, max=16), 1, 5) == PoolSize(1, 5)
     assert pool_size(3, 1, 2) == PoolSize(2, 2)
     assert pool_size("auto", 1, 1000, shards=10**6) == PoolSize(1, 1)
     (tmp_path / "small").mkdir()

@@ -75,25 +75,42 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(folder: Path, quantization: str, device: torch.device) -> PreTrainedModel:
+def load_base(folder: Path, quantization: str, device: torch.device, *, for_sharding: bool = False) -> PreTrainedModel:
     """The frozen base in eval mode: fp32 on a CPU, bf16 on a GPU, or NF4 with double quantisation.
+
+    Args:
+        folder: a materialised model.
+        quantization: `none` or `nf4`.
+        device: where it computes.
+        for_sharding: it is about to be cut, so leave it in host memory unless it is quantised, which takes the device. NF4
+            weights are then packed into numbers of the compute type, which FSDP2 needs.
 
     Raises:
         InputError: the folder holds no causal language model that transformers can load.
     """
     causal_class(read_config(folder), folder)
-    return load_pretrained(AutoModelForCausalLM, folder, quantization, device)
+    return load_pretrained(AutoModelForCausalLM, folder, quantization, device, for_sharding=for_sharding)
 
 
 def load_pretrained(
-    model_class: Any, folder: Path, quantization: str, device: torch.device, **options: Any
+    model_class: Any,
+    folder: Path,
+    quantization: str,
+    device: torch.device,
+    *,
+    for_sharding: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """`load_base` for a class of the caller's, which may be a part of a model."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options |= {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if for_sharding else torch.uint8,
         )
         options["device_map"] = {"": device}
     try:
@@ -107,7 +124,7 @@ def load_pretrained(
             f"{folder}: no causal language model can be loaded from here (the checkpoint has no weights for "
             f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''})"
         )
-    if quantization != "nf4":
+    if quantization != "nf4" and not for_sharding:
         model.to(device)
     model.eval()
     model.requires_grad_(False)

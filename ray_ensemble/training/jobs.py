@@ -80,8 +80,9 @@ def _partial(failed: Mapping[str, str], done: Mapping[str, TrainedAdapter | None
 
 @dataclass(frozen=True)
 class _Demand:
-    """What one pack asks of the cluster."""
+    """What one pack asks of the cluster: workers, and CPUs and GPUs of each."""
 
+    workers: int
     cpus: float
     gpus: float
 
@@ -94,11 +95,12 @@ def _run_all(
     model: dict[str, Any],
 ) -> dict[str, str]:
     """Train `wanted` (by key); why a job failed, for those that did."""
-    demand = _demand(training)
-    # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
-    fitting = int(min(cluster_cpus() / demand.cpus, cluster_gpus() / demand.gpus if demand.gpus else float("inf")))
-    at_once = fitting if training.concurrency == "auto" else training.concurrency
     keys = list(wanted)
+    longest = max(job.steps for job in wanted.values())
+    demands = {key: _demand(training, training.workers_of(job.steps, longest)) for key, job in wanted.items()}
+    # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
+    least = min(demands.values(), key=lambda demand: demand.workers)
+    at_once = _fitting(least) if training.concurrency == "auto" else training.concurrency
     ordered = [
         _named({keys[i]: wanted[keys[i]] for i in pack})
         for pack in packs([wanted[key].steps for key in keys], training.pack, at_once)
@@ -110,7 +112,9 @@ def _run_all(
         ThreadPoolExecutor(min(at_once, len(ordered))) as threads,
     ):
         futures = {
-            threads.submit(_run_one, pack, _members(pack, tasks), training, demand, folder, model): pack
+            threads.submit(
+                _run_one, pack, _members(pack, tasks), training, demands[next(iter(pack.jobs))], folder, model
+            ): pack
             for pack in ordered
         }
         stop = threading.Event()
@@ -143,19 +147,25 @@ def _members(pack: Pack, tasks: Sequence[EncodedTask]) -> list[EncodedTask]:
     return [task for task in tasks if task.name in names]
 
 
-def _demand(training: TrainingConfig) -> _Demand:
-    """CPUs and GPUs of one job.
+def _demand(training: TrainingConfig, workers: int) -> _Demand:
+    """What a job of so many workers asks for.
 
     Raises:
-        InputError: the cluster can never give them.
+        InputError: the cluster can never give it.
     """
     gpus = (1.0 if cluster_gpus() else 0.0) if training.gpus == "auto" else training.gpus
-    if training.cpus > cluster_cpus() or gpus > cluster_gpus():
+    if workers * training.cpus > cluster_cpus() or workers * gpus > cluster_gpus():
         raise InputError(
-            f"training asks for {training.cpus:g} CPUs and {gpus:g} GPUs a job, the cluster has {cluster_cpus()} CPUs "
-            f"and {cluster_gpus()} GPUs: lower training.cpus or training.gpus"
+            f"training asks for {workers * training.cpus:g} CPUs and {workers * gpus:g} GPUs a job, the cluster has "
+            f"{cluster_cpus()} CPUs and {cluster_gpus()} GPUs: lower training.cpus, training.gpus or training.workers"
         )
-    return _Demand(training.cpus, gpus)
+    return _Demand(workers, training.cpus, gpus)
+
+
+def _fitting(demand: _Demand) -> int:
+    """How many such jobs the cluster holds at once."""
+    cpus = cluster_cpus() / (demand.workers * demand.cpus)
+    return int(min(cpus, cluster_gpus() / (demand.workers * demand.gpus)) if demand.gpus else cpus)
 
 
 def _run_one(
@@ -178,14 +188,14 @@ def _run_one(
         train_loop_config={
             "pack": pack,
             "tasks": members,
-            "training": training,
+            "training": training.model_copy(update={"workers": demand.workers}),
             "folder": str(folder),
             "model": model,
             "watched": watches_preemption(),
         },
         torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=1, use_gpu=bool(demand.gpus), resources_per_worker=resources
+            num_workers=demand.workers, use_gpu=bool(demand.gpus), resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=pack.name,

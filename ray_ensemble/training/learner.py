@@ -20,7 +20,7 @@ from ray_ensemble.estimator.features import validation_halves
 from ray_ensemble.models.scoring import LabelTree
 from ray_ensemble.tasks import EncodedExample, EncodedTask
 from ray_ensemble.training.numerics import mix
-from ray_ensemble.training.optimiser import make_optimiser, moments, set_moments
+from ray_ensemble.training.optimiser import AdapterOptimiser
 from ray_ensemble.training.sampling import draw
 
 _TENSORS = "state.safetensors"
@@ -93,34 +93,33 @@ class Learner:
 
     Args:
         place: its place among the adapters that are trained together.
-        parameters: the adapter's parameters by name; the names are the checkpoint's.
+        optimiser: of the adapter's parameters; their names are the checkpoint's.
         tasks: the group's members, in the job's order.
         config: how to train.
         steps: optimiser steps in all.
         seed: of the sampler and of dropout.
 
     Raises:
-        InputError: the optimiser cannot work on this device; or early stop has no validation examples to look at.
+        InputError: early stop has no validation examples to look at.
     """
 
     def __init__(
         self,
         place: int,
-        parameters: dict[str, torch.nn.Parameter],
+        optimiser: AdapterOptimiser,
         tasks: Sequence[EncodedTask],
         config: TrainingConfig,
         steps: int,
         seed: int,
     ) -> None:
         self.place = place
-        self.parameters = parameters
+        self.optimiser = optimiser
         self.tasks = tuple(tasks)
         self.config = config
         self.steps = steps
         self.seed = seed
         self.state = TrainingState()
         self.best: dict[str, Tensor] = {}
-        self.optimiser = make_optimiser(parameters, config, next(iter(parameters.values())).device)
         self._trees = [LabelTree.of(task.label_ids) for task in self.tasks]
         self._examples = [(m, i) for m, task in enumerate(self.tasks) for i in range(len(task["train"]))]
         self.validation = self._validation_rows() if config.early_stop else []
@@ -144,9 +143,14 @@ class Learner:
             )
         return rows
 
-    def clip(self) -> Tensor:
-        """Clip the gradient to the config's norm; the norm () before that."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self.state.step, self.steps, self.config)
+
+    def reduce(self) -> Tensor:
+        """Clip the gradient, summed over all workers, to the config's norm; the norm () before that."""
+        return self.optimiser.reduce(self.rate)
 
     def update(self, rows: Sequence[BatchRow], losses: Sequence[float], norm: float, tokens: int) -> dict[str, Any]:
         """Make the optimiser's step, or fail.
@@ -168,19 +172,12 @@ class Learner:
         loss = sum(loss * row.weight for loss, row in zip(losses, rows, strict=True))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.state = replace(self.state, failed=self._explain(rows, losses, loss, norm))
-            self.forget_gradient()
+            self.optimiser.forget()
             raise RunError(self.state.failed)
-        rate = learning_rate(step, self.steps, self.config)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
-        self.forget_gradient()
+        rate = self.rate
+        self.optimiser.step(rate)
         self.state = replace(self.state, step=step + 1, tokens=self.state.tokens + tokens)
         return {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm, "tokens": tokens}
-
-    def forget_gradient(self) -> None:
-        """Drop what has been added to the gradient."""
-        self.optimiser.zero_grad(set_to_none=True)
 
     @property
     def wants_validation(self) -> bool:
@@ -199,7 +196,7 @@ class Learner:
         loss = sum(loss * row.weight for loss, row in zip(losses, self.validation, strict=True))
         state = replace(self.state, validation_tokens=self.state.validation_tokens + tokens)
         if loss < (math.inf if state.best_loss is None else state.best_loss):
-            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best = self.optimiser.values()
             self.state = replace(state, best_step=state.step, best_loss=loss, waited=0)
         else:
             self.state = replace(state, waited=state.waited + 1, stopped=state.waited + 1 >= stop.patience)
@@ -207,19 +204,24 @@ class Learner:
 
     def restore_best(self) -> None:
         """Put back the adapter that had the lowest validation loss, if validation was asked."""
-        with torch.no_grad():
-            for name, value in self.best.items():
-                self.parameters[name].copy_(value)
+        if self.best:
+            self.optimiser.write(self.best)
 
-    def save(self, folder: Path) -> None:
-        """Save everything that the rest of the run depends on into `folder`, which is there."""
+    def save(self, folder: Path, write: bool = True) -> None:
+        """Save everything that the rest of the run depends on into `folder`, which is there.
+
+        All workers gather it together; those that are told not to `write` leave the folder as it is.
+        """
+        values, moments = self.optimiser.values(), self.optimiser.moments()
+        if not write:
+            return
         tensors = {"random": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["random_cuda"] = torch.cuda.get_rng_state()
-        for name, parameter in self.parameters.items():
-            tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-            for key, value in moments(self.optimiser, parameter).items():
-                tensors[f"optimiser/{key}/{name}"] = value
+        for name, value in values.items():
+            tensors[f"parameter/{name}"] = value.cpu().contiguous()
+        for name, kept in moments.items():
+            tensors |= {f"optimiser/{key}/{name}": value for key, value in kept.items()}
         for name, value in self.best.items():
             tensors[f"best/{name}"] = value.cpu().contiguous()
         save_file(tensors, folder / _TENSORS)
@@ -238,13 +240,16 @@ class Learner:
             torch.set_rng_state(tensors["random"])
             if "random_cuda" in tensors and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensors["random_cuda"])
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(tensors[f"parameter/{name}"])
-                    keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"optimiser/{k}/{name}" in tensors]
-                    set_moments(self.optimiser, parameter, {k: tensors[f"optimiser/{k}/{name}"] for k in keys})
-                    if f"best/{name}" in tensors:
-                        self.best[name] = tensors[f"best/{name}"].to(parameter.device)
+            parameters = self.optimiser.parameters
+            self.optimiser.write({name: tensors[f"parameter/{name}"] for name in parameters})
+            moments: dict[str, dict[str, Tensor]] = {}
+            for name, parameter in parameters.items():
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"optimiser/{key}/{name}" in tensors:
+                        moments.setdefault(name, {})[key] = tensors[f"optimiser/{key}/{name}"]
+                if f"best/{name}" in tensors:
+                    self.best[name] = tensors[f"best/{name}"].to(parameter.device)
+            self.optimiser.set_moments(moments)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder}: cannot go on from this checkpoint ({error})") from None
         self.state = state

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ from torch import Tensor
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import RunError
-from ray_ensemble.models.scoring import label_scores, length_sorted_batches, make_batch, score_loss
+from ray_ensemble.models.scoring import length_sorted_batches, make_batch, model_inputs, score_loss, scores_of_logits
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.learner import BatchRow, Learner, TrainingState
-from ray_ensemble.training.microbatches import TokenBudget, cut, is_out_of_memory
+from ray_ensemble.training.microbatches import TokenBudget, TooLarge, cut, is_out_of_memory
 from ray_ensemble.training.numerics import DropoutRows, activation_checkpointing, autocast, row_dropout
+from ray_ensemble.training.parallel import Cut, Workers
 
 Route = Callable[[Sequence[int], torch.device], None]  # told which learner each row of the next batch belongs to
 OnStep = Callable[[Learner, dict[str, Any]], None]
 OnCheckpoint = Callable[[int, Callable[[Path], None]], None]
+
+_NO_SECOND_TRY = "; with training.strategy zero2, zero3 or fsdp2 a step cannot be tried again with less"
 
 
 def train_adapter(
@@ -39,6 +42,7 @@ def train_adapter(
     seed: int,
     pad_id: int,
     *,
+    workers: Workers | None = None,
     resume: Path | None = None,
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     on_checkpoint: OnCheckpoint = lambda step, save: None,
@@ -53,11 +57,14 @@ def train_adapter(
         steps: optimiser steps in all; early stop may make fewer.
         seed: of the sampler and of dropout.
         pad_id: any token id.
-        resume: a folder that an earlier run's checkpoint was saved to.
+        workers: those of the job, which all call this with a model that they loaded; without, this process is the only one.
+        resume: a folder that an earlier run's checkpoint was saved to, by any number of workers under any strategy.
         on_step: called after each step with {"step", "loss", "learning_rate", "gradient_norm", "tokens", "seconds"}, with
-            "validation_loss" where it was evaluated, and "batch_tokens" where memory made the budget of a micro-batch smaller.
-        on_checkpoint: called with the step and a function that saves the checkpoint into a folder.
-        preempted: asked after each step; when it first says yes, a checkpoint follows.
+            "validation_loss" where it was evaluated, and "batch_tokens" where memory made the budget of a micro-batch smaller;
+            the same on all workers, but for the seconds.
+        on_checkpoint: called with the step and a function that saves the checkpoint into a folder. All workers have to call it;
+            the first one writes.
+        preempted: asked after each step, with the same answer on all workers; when it first says yes, a checkpoint follows.
 
     Returns:
         The final state. With early stop the adapter is that of its `best_step`, else that of the last step.
@@ -69,25 +76,18 @@ def train_adapter(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     torch.manual_seed(seed)
-    learner = Learner(0, parameters, tasks, config, steps, seed)
+    workers = workers or Workers(config)
+    learner = Learner(0, workers.optimiser(model, parameters), tasks, config, steps, seed)
     if resume is not None:
         learner.load(resume)
     with ExitStack() as stack:
-        loop = Loop(model, [learner], config, pad_id, device, stack, model.active_adapters)
+        loop = Loop(model, [learner], config, pad_id, device, stack, model.active_adapters, workers)
         loop.run(
             lambda _, row: on_step(row), lambda step, save: on_checkpoint(step, lambda at: save(at, learner)), preempted
         )
     if learner.state.failed:
         raise RunError(learner.state.failed)
     return learner.state
-
-
-@dataclass
-class _Passed:
-    """Rows that went through the model, and their losses, in the same order."""
-
-    rows: list[BatchRow]
-    losses: list[Tensor]
 
 
 class Loop:
@@ -101,6 +101,7 @@ class Loop:
         device: where the model is.
         stack: what the loop changes in the model is undone when this closes.
         adapters: names of the learners' adapters in the model.
+        workers: those that share each step.
         route: told before each pass which learner each of its rows belongs to.
     """
 
@@ -113,6 +114,7 @@ class Loop:
         device: torch.device,
         stack: ExitStack,
         adapters: Sequence[str],
+        workers: Workers,
         route: Route = lambda learners, device: None,
     ) -> None:
         self.model = model
@@ -121,6 +123,8 @@ class Loop:
         self.pad_id = pad_id
         self.device = device
         self.route = route
+        self.workers = workers
+        self._forward = workers.forward(model)
         self._autocast: Callable[[], AbstractContextManager[Any]] = autocast(config, device)
         self._dropout: DropoutRows = stack.enter_context(row_dropout(model, adapters))
         stack.enter_context(activation_checkpointing(model, config.activation_checkpointing))
@@ -144,7 +148,7 @@ class Loop:
             notice = not warned and preempted()
             warned = warned or notice
             if step % self.config.checkpoint_every == 0 or ended or notice:
-                on_checkpoint(step, lambda folder, learner: learner.save(folder))
+                on_checkpoint(step, lambda folder, learner: learner.save(folder, self.workers.rank == 0))
         for learner in self.learners:
             learner.restore_best()
         self.model.eval()
@@ -154,11 +158,11 @@ class Loop:
         started = time.perf_counter()
         batches = {learner.place: learner.draw() for learner in active}
         rows = [row for batch in batches.values() for row in batch]
-        done = self._gradients(active, rows)
+        found = self._gradients(active, rows)
         # One copy to the host for everything that is logged and checked.
-        norms = [learner.clip() for learner in active]
-        numbers = torch.cat([*done.losses, torch.stack(norms).to(torch.float32)]).tolist()
-        losses = dict(zip((id(row) for row in done.rows), numbers[: len(rows)], strict=True))
+        norms = [learner.reduce() for learner in active]
+        numbers = torch.cat([found, torch.stack(norms).to(torch.float32)]).tolist()
+        losses = dict(zip((id(row) for row in rows), numbers[: len(rows)], strict=True))
         logged = []
         for learner, norm in zip(active, numbers[len(rows) :], strict=True):
             batch = batches[learner.place]
@@ -177,33 +181,57 @@ class Loop:
                 learner.state = replace(learner.state, batch_tokens=self._budget.tokens)
             on_step(learner, line)
 
-    def _gradients(self, active: Sequence[Learner], rows: Sequence[BatchRow]) -> _Passed:
-        """Gradients of every learner's mean loss, by micro-batches that fit into memory."""
+    def _gradients(self, active: Sequence[Learner], rows: Sequence[BatchRow]) -> Tensor:
+        """Add up the gradients of every learner's mean loss; the losses (N,) of all workers' rows."""
         random = torch.get_rng_state()
+
+        def again() -> None:
+            for learner in active:
+                learner.optimiser.forget()
+            torch.set_rng_state(random)
+
+        return self._passes(rows, cut, self._backward, again, active[0].state.step, "training")
+
+    def _passes(
+        self,
+        rows: Sequence[BatchRow],
+        cutter: Cut,
+        run: Callable[[Sequence[BatchRow], bool], Tensor],
+        again: Callable[[], None],
+        step: int,
+        doing: str,
+    ) -> Tensor:
+        """Losses (N,) of `rows`, each worker having run its share of them by micro-batches that fit into every worker's memory.
+
+        `run` is given a micro-batch and whether it is the last one; `again` is called before a smaller budget is tried.
+        """
         while True:
-            done = _Passed([], [])
-            for part in cut(rows, self._budget.tokens):
+            done: list[tuple[list[BatchRow], Tensor]] = []
+            failed: TooLarge | None = None
+            parts = self.workers.parts(rows, self._budget.tokens, cutter)
+            for part in parts:
                 try:
-                    done.losses.append(self._backward(part))
-                    done.rows += part
+                    done.append((part, run(part, len(done) + 1 == len(parts))))
                     continue
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
+                    failed = TooLarge.of(part)
                 # Only here is the error gone, and with it the tensors that its traceback held.
-                for learner in active:
-                    learner.forget_gradient()
-                self._budget.halve(part, active[0].state.step)
-                torch.set_rng_state(random)
+                if self.workers.lockstep:
+                    raise self._budget.given_up(failed, step, doing, _NO_SECOND_TRY)
                 break
-            else:
-                return done
+            failed = self.workers.worst(failed, self.device)
+            if failed is None:
+                return self.workers.gather(rows, done, self.device)
+            again()
+            self._budget.halve(failed, step, doing)
 
-    def _backward(self, part: Sequence[BatchRow]) -> Tensor:
+    def _backward(self, part: Sequence[BatchRow], last: bool) -> Tensor:
         """Add a micro-batch's share to the gradients; the losses (N,) of its rows."""
         losses = self._losses(part)
         weights = torch.tensor([row.weight for row in part], device=losses.device)
-        (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+        self.workers.backward((losses * weights).sum(), last)
         return losses.detach()
 
     def _losses(self, rows: Sequence[BatchRow]) -> Tensor:
@@ -212,32 +240,22 @@ class Loop:
         batch = make_batch([r.example for r in rows], [r.tree for r in rows], classes, self.pad_id, self.device)
         self.route([row.learner for row in rows], self.device)
         self._dropout.keys, self._dropout.lengths = [row.key for row in rows], [row.length for row in rows]
+        inputs = model_inputs(self.model, batch)
         with self._autocast():
-            scores = label_scores(self.model, batch)
-        return score_loss(scores, batch.labels)
+            logits = self._forward(**inputs, logits_to_keep=batch.keep).logits  # (N, keep, V)
+        return score_loss(scores_of_logits(logits, batch), batch.labels)
 
     def _evaluate(self, rows: Sequence[BatchRow], step: int) -> tuple[list[float], int]:
         """Losses of `rows`, all of one learner, without dropout or gradient; and the tokens that were read."""
-        losses = [0.0] * len(rows)
         self.model.eval()
-        waiting = [[rows[i] for i in part] for part in self._evaluation_batches(rows)]
-        places = {id(row): i for i, row in enumerate(rows)}
-        while waiting:
-            part = waiting.pop()
-            try:
-                with torch.no_grad():
-                    found = self._losses(part).tolist()
-                for row, loss in zip(part, found, strict=True):
-                    losses[places[id(row)]] = loss
-                continue
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._budget.halve(part, step, "validating")
-            left = [row for batch in [*waiting, part] for row in batch]
-            waiting = [[left[i] for i in batch] for batch in self._evaluation_batches(left)]
+        with torch.no_grad():
+            losses = self._passes(
+                rows, _cut_to_read, lambda part, last: self._losses(part), lambda: None, step, "validating"
+            )
         self.model.train()
-        return losses, sum(row.length for row in rows)
+        return losses.tolist(), sum(row.length for row in rows)
 
-    def _evaluation_batches(self, rows: Sequence[BatchRow]) -> list[list[int]]:
-        return length_sorted_batches([row.length for row in rows], self._budget.tokens)
+
+def _cut_to_read(rows: Sequence[BatchRow], token_budget: int) -> list[list[BatchRow]]:
+    parts = length_sorted_batches([row.length for row in rows], token_budget)
+    return [[rows[i] for i in part] for part in parts]

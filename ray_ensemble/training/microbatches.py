@@ -6,6 +6,7 @@ A step's loss is a mean over its rows, so the cut does not change it: each micro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -54,9 +55,17 @@ def cut(rows: Sequence[Row], token_budget: int) -> list[list[Row]]:
     return parts
 
 
-def padded_tokens(rows: Sequence[Row]) -> int:
-    """Tokens of a micro-batch of these rows, padding included."""
-    return len(rows) * max(row.length for row in rows)
+@dataclass(frozen=True)
+class TooLarge:
+    """A micro-batch that did not fit into memory: its rows, and its tokens with padding."""
+
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> TooLarge:
+        """The micro-batch of `rows`."""
+        return cls(len(rows), len(rows) * max(row.length for row in rows))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -80,27 +89,30 @@ class TokenBudget:
         self.device = device
         self.halvings = 0
 
-    def halve(self, rows: Sequence[Row], step: int, doing: str = "training") -> None:
-        """Lower the budget to half of the micro-batch of `rows` that did not fit, and say so.
+    def halve(self, failed: TooLarge, step: int, doing: str = "training") -> None:
+        """Lower the budget to half of the micro-batch that did not fit, and say so.
 
         Raises:
             RunError: it was a single row, or the budget has been halved often enough; what to lower is told.
         """
-        held = padded_tokens(rows)
-        if len(rows) <= 1 or self.halvings >= MAX_HALVINGS:
-            what = "one example" if len(rows) <= 1 else f"{len(rows)} examples"
-            raise RunError(
-                f"out of memory at step {step}, {doing} on a micro-batch of {what} ({held} tokens) on {self.device}"
-                f"{f', after {self.halvings} halvings' if self.halvings else ''}: lower limits.max_tokens"
-                f"{'' if len(rows) <= 1 else ' or training.batch_tokens'}, set training.activation_checkpointing: true or "
-                "model.quantization: nf4, or give the job more memory"
-            )
+        if failed.rows <= 1 or self.halvings >= MAX_HALVINGS:
+            raise self.given_up(failed, step, doing)
         self.halvings += 1
-        self.tokens = max(1, min(self.tokens, held) // 2)
+        self.tokens = max(1, min(self.tokens, failed.tokens) // 2)
         print(
-            f"out of memory at step {step}, {doing} on a micro-batch of {held} tokens: the step is repeated with "
+            f"out of memory at step {step}, {doing} on a micro-batch of {failed.tokens} tokens: the step is repeated with "
             f"at most {self.tokens} (training.batch_tokens)",
             flush=True,
         )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def given_up(self, failed: TooLarge, step: int, doing: str, why: str = "") -> RunError:
+        """The error of a step that is not tried again, with what to lower; `why` tells what keeps it from that."""
+        what = "one example" if failed.rows <= 1 else f"{failed.rows} examples"
+        return RunError(
+            f"out of memory at step {step}, {doing} on a micro-batch of {what} ({failed.tokens} tokens) on {self.device}"
+            f"{f', after {self.halvings} halvings' if self.halvings else ''}{why}: lower limits.max_tokens"
+            f"{'' if failed.rows <= 1 else ' or training.batch_tokens'}, set training.activation_checkpointing: true or "
+            "model.quantization: nf4, or give the job more memory"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,71 @@ from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError
 
 _BITSANDBYTES = {"exp_avg": "state1", "exp_avg_sq": "state2"}
+
+
+class AdapterOptimiser:
+    """An adapter's parameters and optimiser, whole in every worker. What is read and written is whole under every strategy.
+
+    Args:
+        parameters: the adapter's, by name.
+        config: how to train.
+        add_up: sums a tensor over the workers, in place; None where there is one worker.
+
+    Raises:
+        InputError: the optimiser cannot work on this device.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        config: TrainingConfig,
+        add_up: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.config = config
+        self._add_up = add_up
+        self._adamw = make_optimiser(parameters, config, next(iter(parameters.values())).device)
+
+    def reduce(self, rate: float) -> Tensor:
+        """Sum the gradient over the workers and clip it; its norm () before that. `rate` is that of the step to come."""
+        if self._add_up is not None:
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            self._add_up(flat)
+            for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+
+    def step(self, rate: float) -> None:
+        """Make the step whose gradient was reduced, at learning rate `rate`, and forget the gradient."""
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what has been added to the gradient."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def values(self) -> dict[str, Tensor]:
+        """A copy of the parameters."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Give the parameters these values."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """What `moments` gives, of every parameter that has made a step."""
+        found = {name: moments(self._adamw, parameter) for name, parameter in self.parameters.items()}
+        return {name: kept for name, kept in found.items() if kept}
+
+    def set_moments(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put back what `moments` gave, under this strategy or another."""
+        for name, parameter in self.parameters.items():
+            set_moments(self._adamw, parameter, found.get(name, {}))
 
 
 def make_optimiser(

@@ -27,6 +27,7 @@ from ray_ensemble.models import lora_layers
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.learner import Learner, TrainingState
 from ray_ensemble.training.loop import Loop, OnCheckpoint
+from ray_ensemble.training.parallel import Workers
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,17 @@ def train_together(
     with ExitStack() as stack:
         router = stack.enter_context(routed(model, names))
         torch.manual_seed(runs[0].seed)  # nothing but a base's own dropout draws from it
+        workers = Workers(config)
+        parameters = [adapter_parameters(model, name) for name in names]
         learners = {
-            run.adapter: Learner(place, adapter_parameters(model, run.adapter), run.tasks, config, run.steps, run.seed)
-            for place, run in enumerate(runs)
+            run.adapter: Learner(place, workers.optimiser(model, found), run.tasks, config, run.steps, run.seed)
+            for place, (run, found) in enumerate(zip(runs, parameters, strict=True))
         }
         for name, learner in learners.items():
             if resume is not None and (resume / name).is_dir():
                 learner.load(resume / name)
-        device = next(iter(learners[names[0]].parameters.values())).device
-        loop = Loop(model, list(learners.values()), config, pad_id, device, stack, names, router.route)
+        device = next(iter(parameters[0].values())).device
+        loop = Loop(model, list(learners.values()), config, pad_id, device, stack, names, workers, router.route)
 
         def save_all(folder: Path, save: Callable[[Path, Learner], None]) -> None:
             for name, learner in learners.items():

@@ -7,10 +7,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError, RunError
@@ -20,6 +20,9 @@ from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import ADAPTER_FILES, AdapterJob
 from ray_ensemble.training.learner import TrainingState
 from ray_ensemble.training.loggers import Log, open_loggers
+
+if TYPE_CHECKING:
+    from ray_ensemble.training.parallel import Workers
 
 _MEMORY = "out_of_memory.jsonl"
 
@@ -47,8 +50,8 @@ class Pack:
 def train_worker(settings: dict[str, Any]) -> None:
     """Train a pack.
 
-    What another attempt would only meet again (a loss that is no number, a batch that does not fit, wrong settings) is written
-    down and ends the job; whatever else is raised makes Ray Train try again from the last checkpoint.
+    What another attempt would only meet again (a loss that is no number, a batch that does not fit) is written down and ends the
+    job; all workers meet it alike. Whatever else is raised makes Ray Train try again from the last checkpoint.
 
     Args:
         settings: {"pack", "tasks" (of all its jobs), "training", "folder" (of the run), "model", "watched" (whether Ray Train
@@ -58,42 +61,50 @@ def train_worker(settings: dict[str, Any]) -> None:
     import torch
 
     from ray_ensemble.models import attach_adapters, default_device, load_base, materialise, quiet_libraries
+    from ray_ensemble.training.parallel import make_workers
 
     pack: Pack = settings["pack"]
     folder, source = Path(settings["folder"]), settings["model"]
     training = _within_memory(settings["training"], pack.folder(folder))
-    shutil.rmtree(pack.folder(folder) / "failed", ignore_errors=True)
     quiet_libraries()
     torch.set_num_threads(training.threads)
     started = time.monotonic()
+    device = default_device()
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # Ray Train has chosen this worker's
+    workers = make_workers(training)
+    leads = workers.rank == 0
+    if leads:
+        shutil.rmtree(pack.folder(folder) / "failed", ignore_errors=True)
     starts = {
         name: job.start.folder if job.start is not None else Path(source["initial_adapter"])
         for name, job in _names(pack).items()
     }
-    base = load_base(materialise(source["source"]), source["quantization"], default_device())
-    model = attach_adapters(base, starts, trainable=next(iter(starts)) if len(starts) == 1 else None)
+    where, quantization = materialise(source["source"]), source["quantization"]
+    if len(starts) == 1:
+        model = workers.load(where, quantization, next(iter(starts.values())), device)
+    else:
+        model = attach_adapters(load_base(where, quantization, device), starts)
     checkpoint = ray.train.get_checkpoint()
+    if leads:
+        _cut_logs(pack, folder, checkpoint)
     try:
-        if checkpoint is None:
-            shutil.rmtree(pack.folder(folder) / "logs", ignore_errors=True)
-            states = _train(model, pack, settings, training, None)
-        else:
-            with checkpoint.as_directory() as resume:
-                _cut_logs(pack, folder, Path(resume))
-                states = _train(model, pack, settings, training, Path(resume))
+        with checkpoint.as_directory() if checkpoint is not None else nullcontext() as resume:
+            states = _train(model, pack, settings, training, workers, resume)
     except (InputError, RunError) as error:
-        for key in pack.jobs:
-            write_json(pack.failure(folder, key), {"reason": str(error)})
-        return
+        states = {name: TrainingState(failed=str(error)) for name in starts}
     seconds = time.monotonic() - started
-    tokens = sum(state.tokens for state in states.values())
-    for (name, job), key in zip(_names(pack).items(), pack.jobs, strict=True):
-        state = states[name]
-        if state.failed:
-            write_json(pack.failure(folder, key), {"reason": state.failed})
-            continue
-        # Adapters of a pack share a process; each is charged its share of the rows' tokens.
-        _keep(model, name, job, state, pack.log(folder, key), folder / "trained" / key, seconds * state.tokens / tokens)
+    peak = workers.most(peak_memory_bytes(), device)
+    tokens = sum(state.tokens for state in states.values() if not state.failed)
+    with workers.whole_adapter(model) if tokens else nullcontext():
+        for (name, job), key in zip(_names(pack).items(), pack.jobs, strict=True):
+            state = states[name]
+            if leads and state.failed:
+                write_json(pack.failure(folder, key), {"reason": state.failed})
+            elif leads:
+                # Adapters of a pack share a process; each is charged its share of the rows' tokens.
+                cost = {"seconds": seconds * state.tokens / tokens, "peak_memory_bytes": peak}
+                _keep(model, name, job, state, cost, pack.log(folder, key), folder / "trained" / key)
 
 
 def _names(pack: Pack) -> dict[str, AdapterJob]:
@@ -104,7 +115,7 @@ def _names(pack: Pack) -> dict[str, AdapterJob]:
 
 
 def _train(
-    model: Any, pack: Pack, settings: dict[str, Any], training: TrainingConfig, resume: Path | None
+    model: Any, pack: Pack, settings: dict[str, Any], training: TrainingConfig, workers: Workers, resume: str | None
 ) -> dict[str, TrainingState]:
     """Final state of every adapter, by its name in the model."""
     import ray.train
@@ -120,7 +131,7 @@ def _train(
             save(Path(temporary))
             ray.train.report(
                 {"step": step},
-                checkpoint=ray.train.Checkpoint.from_directory(temporary),
+                checkpoint=ray.train.Checkpoint.from_directory(temporary) if leads else None,
                 checkpoint_dir_name=f"step-{step:06d}",
             )
 
@@ -131,24 +142,29 @@ def _train(
         # In the run's order, which is the order that the sampler counts in.
         return tuple(task for name, task in tasks.items() if name in job.members)
 
-    names = _names(pack)
+    names, leads = _names(pack), workers.rank == 0
     with ExitStack() as stack:
         logs = {
-            name: stack.enter_context(_logging(pack, key, job, training, folder))
+            name: stack.enter_context(_logging(pack, key, job, training, folder)) if leads else _unseen
             for (name, job), key in zip(names.items(), pack.jobs, strict=True)
         }
+        at = Path(resume) if resume else None
         if len(names) == 1:
             [(name, job)] = names.items()
             state = train_adapter(
-                model, members(job), training, job.steps, job.seed, pad_id,
-                resume=resume, on_step=logs[name], on_checkpoint=on_checkpoint, preempted=preempted,
+                model, members(job), training, job.steps, job.seed, pad_id, workers=workers,
+                resume=at, on_step=logs[name], on_checkpoint=on_checkpoint, preempted=preempted,
             )  # fmt: skip
             return {name: state}
         runs = [AdapterRun(name, members(job), job.steps, job.seed) for name, job in names.items()]
         return train_together(
             model, runs, training, pad_id,
-            resume=resume, on_step=lambda name, row: logs[name](row), on_checkpoint=on_checkpoint, preempted=preempted,
+            resume=at, on_step=lambda name, row: logs[name](row), on_checkpoint=on_checkpoint, preempted=preempted,
         )  # fmt: skip
+
+
+def _unseen(row: dict[str, Any]) -> None:
+    """What workers but the first do with a row of the log."""
 
 
 @contextmanager
@@ -167,7 +183,7 @@ def _logging(pack: Pack, key: str, job: AdapterJob, training: TrainingConfig, fo
 
 
 def _keep(
-    model: Any, name: str, job: AdapterJob, state: TrainingState, log: Path, target: Path, seconds: float
+    model: Any, name: str, job: AdapterJob, state: TrainingState, cost: dict[str, float], log: Path, target: Path
 ) -> None:
     """Write a trained adapter, its log and what it cost, whole or not at all."""
     from ray_ensemble.models import save_adapter
@@ -187,8 +203,7 @@ def _keep(
                 "tokens": state.tokens,
                 "validation_tokens": state.validation_tokens,
                 "final_loss": sum(tail) / len(tail),
-                "seconds": seconds,
-                "peak_memory_bytes": peak_memory_bytes(),
+                **cost,
                 "files": {file: sha256_file(temporary / file) for file in ADAPTER_FILES},
             },
         )
@@ -215,13 +230,17 @@ def read_row(line: str) -> dict[str, Any] | None:
     return row
 
 
-def _cut_logs(pack: Pack, folder: Path, checkpoint: Path) -> None:
-    """Drop the logs' rows after the checkpoint; they are about to be made again."""
-    for name, key in zip(_names(pack), pack.jobs, strict=True):
-        state = checkpoint / "state.json" if len(pack.jobs) == 1 else checkpoint / name / "state.json"
-        step = read_json(state, "checkpoint")["step"] if state.exists() else 0
-        log = pack.log(folder, key)
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] < step]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(f"{line}\n" for line in kept))
+def _cut_logs(pack: Pack, folder: Path, checkpoint: Any) -> None:
+    """Drop the logs' rows after the checkpoint, or all where there is none; they are about to be made again."""
+    if checkpoint is None:
+        shutil.rmtree(pack.folder(folder) / "logs", ignore_errors=True)
+        return
+    with checkpoint.as_directory() as resume:
+        for name, key in zip(_names(pack), pack.jobs, strict=True):
+            state = Path(resume) / ("." if len(pack.jobs) == 1 else name) / "state.json"
+            step = read_json(state, "checkpoint")["step"] if state.exists() else 0
+            log = pack.log(folder, key)
+            lines = log.read_text().splitlines() if log.exists() else []
+            kept = [line for line in lines if (row := read_row(line)) is not None and row["step"] < step]
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("".join(f"{line}\n" for line in kept))

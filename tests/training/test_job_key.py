@@ -43,6 +43,7 @@ def test_default_settings_have_the_key_that_they_always_had():
         {"precision": "bf16"},
         {"optimizer": "paged_adamw"},
         {"early_stop": {}},
+        {"strategy": "fsdp2"},
     ],
 )
 def test_what_changes_the_result_changes_the_key(changes):
@@ -50,10 +51,21 @@ def test_what_changes_the_result_changes_the_key(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 9}, {"batch_tokens": 99}, {"activation_checkpointing": True}, {"concurrency": 2}]
+    "changes",
+    [
+        {"epochs": 9},
+        {"batch_tokens": 99},
+        {"activation_checkpointing": True},
+        {"concurrency": 2},
+        {"workers": 2},
+    ],
 )
 def test_what_changes_only_the_way_there_does_not(changes):
     assert key(changes) == key()
+
+
+def test_where_the_state_is_kept_does_not_change_the_key():
+    assert key({"strategy": "zero3", "offload": True}) == key({"strategy": "zero3"})
 
 
 def test_validation_examples_count_where_they_decide_when_to_stop():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_ensemble.config import Range, TrainingConfig
 from ray_ensemble.training.packing import packs
 
 
@@ -35,3 +36,9 @@ def test_one_a_pack_is_the_biggest_first():
 )
 def test_packs_leave_no_place_idle(sizes, at_once, wanted):
     assert packs(sizes, 4, at_once) == wanted
+
+
+def test_workers_follow_the_size_of_a_job():
+    fixed, ranged = TrainingConfig(workers=2), TrainingConfig(workers=Range(min=1, max=4))
+    assert [fixed.workers_of(steps, 400) for steps in (400, 100)] == [2, 2]
+    assert [ranged.workers_of(steps, 400) for steps in (400, 300, 200, 100, 10)] == [4, 3, 2, 1, 1]
