@@ -162,6 +162,7 @@ class SearchConfig(Section):
     `methods` give the trials' first partitions: `sdp` and `spectral` for each number of groups, `sdp-penalty` chooses it.
     `price` is what an adapter costs, in units of the objective: a partition into m groups has mean estimated loss + price · m.
     `rule: one_standard_error` takes the fewest groups whose objective is within one standard error of the best.
+    `regularization_scales` are multiples of the estimate's λ; with several, all trials are made at each of them.
     """
 
     groups: list[Count] = [2, 3, 4, 5]
@@ -170,9 +171,10 @@ class SearchConfig(Section):
     methods: list[Literal["sdp", "spectral", "sdp-penalty"]] = ["sdp", "spectral", "sdp-penalty"]
     price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     rule: Literal["best", "one_standard_error"] = "best"
+    regularization_scales: list[Fraction] = [1.0]
     seed: Seed = 0
 
-    @field_validator("groups", "methods")
+    @field_validator("groups", "methods", "regularization_scales")
     @classmethod
     def _not_empty(cls, value: list[Any]) -> list[Any]:
         if not value:

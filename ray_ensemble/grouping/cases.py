@@ -71,9 +71,9 @@ def run_case(
 ) -> dict[str, Any]:
     """Cluster and improve: one trial as a pure function of its inputs.
 
-    Returns the m that was found, method, seed, the partition as text (`"0,2|1"`), `objective` and `start_objective` (before
-    the local search), price included, mean `accuracy`, all on the search half, and the operations of the fits that no cache
-    keeps. Where the case leaves m open, the local search may change it among the numbers that `search.groups` allows.
+    Returns the m that was found, method, seed, λ_ref, the partition as text (`"0,2|1"`), `objective` and `start_objective`
+    (before the local search), price included, mean `accuracy`, all on the search half, and the operations of the fits that no
+    cache keeps. Where the case leaves m open, the local search may change it among the numbers that `search.groups` allows.
     Above 50 tasks batches of reassigned tasks come before the local search, which then tries fewer partitions the more
     tasks there are, so that its time and memory do not grow with them.
     """
@@ -101,6 +101,7 @@ def run_case(
         "m": len(found.partition),
         "method": method,
         "seed": seed,
+        "regularization": estimator.regularization,
         "objective": found.objective,
         "accuracy": float(accuracy),
         "start_objective": value(start),

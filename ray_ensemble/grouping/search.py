@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas
 import ray
 from numpy.typing import NDArray
 from ray import tune
@@ -44,6 +45,7 @@ COLUMNS = [
     "m",
     "method",
     "seed",
+    "regularization",
     "objective",
     "accuracy",
     "start_objective",
@@ -160,14 +162,51 @@ def run_search(
     """
     started = time.perf_counter()
     cases = search_cases(config.search, len(features))
-    path = folder / "search"
+    scales = list(dict.fromkeys(config.search.regularization_scales))
+    total, found = len(scales) * len(cases), []
+    for place, scale in enumerate(scales):
+        path = folder / "search" / (f"scale-{scale:g}" if len(scales) > 1 else "")
+
+        def on_trial(done: int, trials: int, before: int = place * len(cases)) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        found.append(_search_at(scale, cases, features, config, folder, path, on_trial, concurrency, truths))
+    # The first of equals, so that nothing depends on more than the order of the scales.
+    best = min((result for result, _ in found), key=lambda result: round(result.search_objective, 9))
+    best = replace(
+        best,
+        trials=sum(result.trials for result, _ in found),
+        fits=sum(result.fits for result, _ in found),
+        flops=sum(result.flops for result, _ in found),
+    )
+    write_json(folder / "affinity.json", best.affinity.to_json())
+    write_json(folder / "partition.json", best.to_json())
+    rows = [row for _, table in found for row in table]
+    write_text(folder / "search" / "trials.csv", pandas.DataFrame(rows).to_csv(index=False))
+    peak = max(_peak_memory_bytes(), *(int(row["peak_memory_bytes"]) for row in rows))
+    return replace(best, seconds=time.perf_counter() - started, peak_memory_bytes=peak)
+
+
+def _search_at(
+    scale: float,
+    cases: list[dict[str, Any]],
+    features: Sequence[TaskFeatures],
+    config: JobConfig,
+    folder: Path,
+    path: Path,
+    progress: Progress,
+    concurrency: int | None,
+    truths: Sequence[Truth],
+) -> tuple[SearchResult, list[dict[str, Any]]]:
+    """The search at one multiple of λ, kept under `path`; what it found, and Tune's table."""
     with threadpool_limits(limits=1):  # the same bits on any number of cores
         fits = FitLog(path / "fits.jsonl", fingerprint(features, config, truths))
         if fits.reference is None:
             shutil.rmtree(path, ignore_errors=True)
         seed, metric = config.estimator.seed, config.search.objective
         subsets = job_subsets(features, config.estimator)
-        reference = fits.reference or _reference(features, config, subsets, truths)
+        reference = fits.reference or _scaled(_reference(features, config, subsets, truths), scale)
         fits.start(reference)
         cache: MutableMapping[Group, GroupEstimate] = dict(fits.known)
         estimator = Estimator(features, config.training, reference.regularization, cache, fit_device())
@@ -178,14 +217,16 @@ def run_search(
             estimator.objective(references)  # everything together, and each alone, are told beside the result
         fits.add(cache.values())
 
-        view = similarity.symmetric()
-        inputs = _Inputs(estimator.features, config.training, reference.regularization, config.search, view)
+        inputs = _Inputs(
+            estimator.features, config.training, reference.regularization, config.search, similarity.symmetric()
+        )
         table = _run_trials(inputs, cases, path, fits, progress=progress, concurrency=concurrency)
         cache.update(fits.known)
-        result = best_result(table, estimator, similarity, fits, config.search)
-        write_json(folder / "partition.json", result.to_json())
-        peak = max(_peak_memory_bytes(), *(int(row["peak_memory_bytes"]) for row in table))
-        return replace(result, seconds=time.perf_counter() - started, peak_memory_bytes=peak)
+        return best_result(table, estimator, similarity, fits, config.search), table
+
+
+def _scaled(reference: Reference, scale: float) -> Reference:
+    return replace(reference, regularization=reference.regularization * scale)
 
 
 def _peak_memory_bytes() -> int:
@@ -279,7 +320,6 @@ def _run_trials(
     table = results.get_dataframe()[COLUMNS].sort_values(["m", "method", "seed"])
     if len(table) != len(cases):
         raise RunError(f"the search ended with {len(table)} trials of {len(cases)}; remove {path} to start it again")
-    write_text(path / "trials.csv", table.to_csv(index=False))
     rows: list[dict[str, Any]] = table.to_dict("records")
     return rows
 

@@ -34,7 +34,13 @@ def job(**search) -> JobConfig:
     )
 
 
-CHANGES = ({"seed": 1}, {"price": 0.1}, {"rule": "one_standard_error"}, {"methods": ["sdp"]})
+CHANGES = (
+    {"seed": 1},
+    {"regularization_scales": [2.0]},
+    {"price": 0.1},
+    {"rule": "one_standard_error"},
+    {"methods": ["sdp"]},
+)
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +251,28 @@ def test_a_killed_search_goes_on_to_the_same_partition(ray_cluster, tmp_path):
     fresh = run_search(tasks, config, tmp_path / "fresh")
     assert (resumed.partition, resumed.fits, resumed.flops) == (fresh.partition, fresh.fits, fresh.flops)
     assert (folder / "partition.json").read_bytes() == (tmp_path / "fresh" / "partition.json").read_bytes()
+
+
+@pytest.mark.ray
+def test_several_regularisations_are_searched_and_the_lowest_objective_wins(planted, ray_cluster, tmp_path):
+    from ray_ensemble.grouping import run_search
+
+    tasks, _ = planted
+    scales, alone = [0.1, 1.0, 10.0], {}
+    for scale in scales:
+        found = run_search(tasks, job(trials=4, regularization_scales=[scale]), tmp_path / f"{scale}")
+        alone[found.search_objective] = found
+    told: list[tuple[int, int]] = []
+    settings = job(trials=4, regularization_scales=scales)
+    together = run_search(tasks, settings, tmp_path / "all", progress=lambda done, total: told.append((done, total)))
+    best = alone[min(alone)]
+    assert (together.groups, together.regularization) == (best.groups, best.regularization)
+    assert together.search_objective == best.search_objective
+    assert (together.trials, together.fits) == (12, sum(found.fits for found in alone.values()))
+    assert told[-1] == (12, 12)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    with (tmp_path / "all" / "search" / "trials.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {float(row["regularization"]) for row in rows} == {found.regularization for found in alone.values()}
+    # The same again is read from its files.
+    assert run_search(tasks, settings, tmp_path / "all").to_json() == together.to_json()
