@@ -17,6 +17,7 @@ from ray_ensemble.config import TrainingConfig
 from ray_ensemble.tasks import EncodedTask
 
 ANSWER_SECONDS = 300
+_LIBRARIES = ("ray_ensemble.training.fsdp", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Crew:
 
     def __init__(self, count: int, timeout: float = 60) -> None:
         self.count = count
-        context = torch.multiprocessing.get_context("spawn")
+        # Libraries are imported once, in a process that all workers are forked from.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*_LIBRARIES, __name__])
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
