@@ -223,7 +223,7 @@ def assert_same_checkpoint(folder: Path, wanted: Path) -> None:
 def test_workers_killed_in_the_middle_are_gone_on_from_under_another_strategy(
     killed, resumed, tiny_model, initial, tasks, alone, pair, tmp_path
 ):
-    with Crew(2, timeout=20) as crew:
+    with Crew(2) as crew:
         config = of(killed, 2)
         said = crew.train(Training(tiny_model, initial, tasks, config, keep=tmp_path / "kept", die_at=4))
         assert said[0].error == "died"
@@ -236,7 +236,7 @@ def test_workers_killed_in_the_middle_are_gone_on_from_under_another_strategy(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_early_stop_ends_all_workers_at_one_step_with_the_best_adapter(strategy, tiny_model, initial, tasks, pair):
-    config = of(strategy, 2, early_stop={"every": 1, "patience": 2}, learning_rate=0.3)
+    config = of(strategy, 2, early_stop={"every": 1, "patience": 1}, learning_rate=0.02)
     model = attach_adapters(load_base(tiny_model, "none", CPU), {"default": initial}, trainable="default")
     rows: list[dict] = []
     state = train_adapter(model, tasks, of("none", 1, **config.model_dump(include={"early_stop", "learning_rate"})),
@@ -283,7 +283,7 @@ def test_workers_agree_on_a_smaller_budget_when_one_runs_out_of_memory(
 def test_where_passes_are_collective_a_lack_of_memory_ends_the_job_with_what_to_lower(
     strategy, tiny_model, initial, tasks
 ):
-    with Crew(2, timeout=10) as crew:
+    with Crew(2) as crew:
         said = crew.train(Training(tiny_model, initial, tasks, of(strategy, 2, batch_tokens=500), memory={1: 45}))
     assert re.match(r"RunError: out of memory at step 0.*cannot be tried again.*batch_tokens", said[1].error)
     assert said[0].error  # it waited in vain
