@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ray_ensemble.training import train_adapter
 from ray_ensemble.training.learner import Learner
 from ray_ensemble.training.microbatches import cut
 from ray_ensemble.training.optimiser import AdapterOptimiser
-from ray_ensemble.training.parallel import Workers, share
+from ray_ensemble.training.parallel import Workers, check_strategy, share
 
 # Rows of several lengths, several micro-batches a step, dropout, validation: whatever could depend on who has which row.
 CONFIG = TrainingConfig(
@@ -145,6 +146,17 @@ def test_settings_that_cannot_go_together_are_refused_with_what_to_do(whole_job,
     overrides = [f"training.{key}={value}" for key, value in changes.items()]
     with pytest.raises(InputError, match=message):
         load_config(whole_job, overrides)
+
+
+def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # Python's way to say that there is none
+    for strategy in ("none", "fsdp2"):
+        check_strategy(of(strategy, 1))
+    for strategy in ("zero2", "zero3"):
+        with pytest.raises(
+            InputError, match=rf"training.strategy: {strategy} .*pip install 'ray-ensemble\[deepspeed\]'"
+        ):
+            check_strategy(of(strategy, 1))
 
 
 # --- the same training on several workers -----------------------------------------------------------------------------------
