@@ -125,8 +125,10 @@ def as_shard(model: PreTrainedModel, layers: range) -> Iterator[ShardRun]:
         model.set_input_embeddings(embedding)
 
 
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The list of a model's decoder layers.
+def decoder_layers(
+    model: torch.nn.Module, key: str = "gradients.shards", instead: str = "shards: 1"
+) -> torch.nn.ModuleList:
+    """The list of a model's decoder layers; `key` of the job asks for it, and `instead` does without.
 
     Raises:
         InputError: there is no single list of as many modules as the config has layers.
@@ -137,8 +139,8 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     inner = set(found[0].modules()) if found else set()
     if not found or any(m not in inner for m in found):
         raise InputError(
-            f"gradients.shards: {type(model).__name__} does not keep its {count} layers in one list, so it cannot be "
-            "sharded; use shards: 1"
+            f"{key}: {type(model).__name__} does not keep its {count} layers in one list, so it cannot be sharded; "
+            f"use {instead}"
         )
     return found[0]
 

@@ -39,14 +39,11 @@ class Fsdp2(Workers):
                 module, mesh=mesh, reshard_after_forward=reshard, ignored_params=adapters, offload_policy=offload
             )
 
-        for layer in decoder_layers(model):
+        for layer in decoder_layers(model, "training.strategy", "strategy: none"):
             shard(layer, True)
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         if embedding.weight is not head.weight:
             shard(embedding, True)
             shard(head, False)  # its backward pass comes next
         shard(model, False)
-        for module in model.modules():  # buffers, which are not sharded
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
         return model

@@ -61,7 +61,10 @@ class Zero(Workers):
         """DeepSpeed's, which takes over the model."""
         device = next(iter(parameters.values())).device
         if self._stage == 3:
-            layer = sum(_size(parameter) for parameter in decoder_layers(model)[0].parameters())
+            layer = sum(
+                _size(parameter)
+                for parameter in decoder_layers(model, "training.strategy", "strategy: none")[0].parameters()
+            )
             largest = max(_size(parameter) for parameter in model.parameters())
             # By default DeepSpeed keeps up to 10⁹ parameters gathered. A base that does not fit has to be gathered a layer at
             # a time, and again in the backward pass.

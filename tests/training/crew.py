@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,8 @@ from ray_ensemble.config import TrainingConfig
 from ray_ensemble.tasks import EncodedTask
 
 ANSWER_SECONDS = 300
+GRACE_SECONDS = 30
+_LIBRARIES = ("ray_ensemble.training.fsdp", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama")
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,17 @@ class Trained:
 class Crew:
     """Workers, started once and told one training after the other."""
 
-    def __init__(self, count: int, timeout: float = 60) -> None:
+    def __init__(self, count: int) -> None:
         self.count = count
-        context = torch.multiprocessing.get_context("spawn")
+        # Libraries are imported once, in a process that all workers are forked from.
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*_LIBRARIES, __name__])
         self._folder = tempfile.TemporaryDirectory()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            arguments = (rank, count, f"{self._folder.name}/rendezvous", timeout, theirs)
+            arguments = (rank, count, f"{self._folder.name}/rendezvous", theirs)
             process = context.Process(target=_main, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -79,25 +83,40 @@ class Crew:
         self._folder.cleanup()
 
     def train(self, training: Training) -> list[Trained]:
-        """Let all workers train; what each has to say. A worker that died has said nothing but that."""
+        """Let all workers train; what each has to say.
+
+        A worker that died has said nothing but that. Where one failed, the others may wait for it; the crew is of no use then.
+        """
         for pipe in self._pipes:
             pipe.send(training)
-        said = []
-        for pipe in self._pipes:
-            assert pipe.poll(ANSWER_SECONDS), "a worker does not answer"
-            try:
-                said.append(pipe.recv())
-            except EOFError:
-                said.append(Trained([], {}, None, [], error="died"))
-        return said
+        said: dict[int, Trained] = {}
+        patience = ANSWER_SECONDS
+        while len(said) < self.count:
+            waited = [pipe for rank, pipe in enumerate(self._pipes) if rank not in said]
+            ready = wait(waited, patience)
+            assert ready or patience < ANSWER_SECONDS, "the workers do not answer"
+            for rank, pipe in enumerate(self._pipes):
+                if pipe in ready:
+                    try:
+                        said[rank] = pipe.recv()
+                    except EOFError:
+                        said[rank] = Trained([], {}, None, [], error="died")
+                    patience = GRACE_SECONDS if said[rank].error else patience
+                elif not ready and rank not in said:
+                    said[rank] = Trained([], {}, None, [], error="waits for another worker")
+        return [said[rank] for rank in range(self.count)]
 
 
-def _main(rank: int, count: int, rendezvous: str, timeout: float, pipe: Connection) -> None:
+def _main(rank: int, count: int, rendezvous: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=ANSWER_SECONDS),
     )
     while True:
         training: Training = pipe.recv()
