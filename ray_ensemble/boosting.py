@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from ray_ensemble.ensemble import ScoreRequest, booster_scores, combine, fit_step_size, label_losses, score_all
 from ray_ensemble.estimator import TaskFeatures, validation_halves
 from ray_ensemble.evaluation import forward_flops, training_flops
+from ray_ensemble.files import whole_folder
 from ray_ensemble.gradients.lifting import lift_group, save_moved
 from ray_ensemble.progress import console
 from ray_ensemble.tasks import EncodedExample, EncodedTask
+from ray_ensemble.training import AdapterJob, train_adapters
 from ray_ensemble.training.boosting import ResidualFit, fit_residual, group_loss, residuals, worst_group
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 Scores = NDArray[np.float64]
 
 SAMPLE = 64  # training examples of each dataset that the group is picked by
-DISTANCE = 0.05  # of a group's first lifted booster from θ₀, relative to ‖θ₀‖: near enough for the first order to hold
+DISTANCE = 0.02  # of a group's first booster from θ₀ at most, relative to ‖θ₀‖: near enough for the first order to hold
 
 
 @dataclass
@@ -104,9 +107,7 @@ class _Boosting:
         self.stages, self.weights = stages, weights
         self.settings, self.sampling = stages.config.boosting, stages.config.training.sampling
         self.done = Boosted()
-        self.factors: dict[
-            int, tuple[float, float]
-        ] = {}  # group -> λ and scaling of its first booster, which all share
+        self.factors: dict[int, float] = {}  # of a group's first fit, for one step size to suit all of its boosters
         self.data: dict[str, _Dataset] = {}
         shutil.rmtree(stages.folder / "boosters", ignore_errors=True)
         examples = {f.name: stages.task(f.name)["train"][: f.examples] for f in stages.features()}
@@ -143,10 +144,13 @@ class _Boosting:
         before = self._losses(members)
         row: dict[str, Any] = {"adapter": name, "group": group, "kept": False}
         self.done.history.append(row)
-        start_scores = self._make(group, members, target, row)
-        added = self._added(members, target, start_scores)
+        by_ridge = self.settings.method == "ridge"
+        start_scores = self._lifted(group, members, target, row) if by_ridge else self._trained(members, target, row)
+        if start_scores is None:
+            self.done.stopped = f"to first order no booster lowers the validation loss of group {group}"
+            return
         previous = {task: replace(self.data[task]) for task in members}
-        for task, (train, validation) in added.items():
+        for task, (train, validation) in self._added(members, target, start_scores).items():
             data = self.data[task]
             data.added, data.train_added = data.added + validation, data.train_added + train
             data.step = fit_step_size(data.scores, data.added, data.features.validation_labels)
@@ -154,8 +158,8 @@ class _Boosting:
         row |= {"step_sizes": {task: self.data[task].step for task in members}}
         row |= {key: [before[key], after[key]] for key in before}
         console.print(
-            f"  {name} for group {group} ({', '.join(members)}): training loss {before['train_loss']:.4f} -> "
-            f"{after['train_loss']:.4f}, validation {before['validation_loss']:.4f} -> {after['validation_loss']:.4f}",
+            f"  {name} for group {group}: training loss {before['train_loss']:.4f} -> {after['train_loss']:.4f}, "
+            f"validation {before['validation_loss']:.4f} -> {after['validation_loss']:.4f}",
             markup=False,
         )
         if after["validation_loss"] < before["validation_loss"]:
@@ -167,44 +171,70 @@ class _Boosting:
         shutil.rmtree(target)
         self.done.stopped = f"{name} did not lower the validation loss of group {group}"
 
-    def _make(
+    def _lifted(
         self, group: int, members: Sequence[str], target: Path, row: dict[str, Any]
-    ) -> dict[str, NDArray[np.float32]]:
-        """Write the booster of a group; scores (N, K) at θ₀ of its training examples."""
-        fit = self._fit(group, members)
+    ) -> dict[str, NDArray[np.float32]] | None:
+        """Write the booster of a group by lifting a ridge fit; scores (N, K) at θ₀ of its training examples.
+
+        None if it promises nothing.
+        """
+        datasets = [self.data[task] for task in members]
+        known = self.factors.get(group)
+        fit = self._fit(datasets, 1.0 if known is None else known)
+        self.done.flops += fit.flops
+        row |= {"regularization": fit.regularization, "estimated_validation_loss": fit.judged}
+        if not fit.judged < float(np.mean([data.validation_loss for data in datasets])):
+            return None
         stages = self.stages
-        tasks = [self.data[task].task for task in members]
-        lifted = lift_group(tasks, fit.shares, stages.spec, stages.config.gradients, stages.base_hashes)
-        factor = self.factors[group][1] if group in self.factors else None
-        factor, distance = save_moved(stages.start, lifted.delta, target, factor=factor, distance=DISTANCE)
-        self.factors.setdefault(group, (fit.regularization, factor))
-        row |= {"regularization": fit.regularization, "distance": distance, "estimated_validation_loss": fit.judged}
-        self.done.flops += fit.flops + training_flops(stages.size(), lifted.tokens)
+        lifted = lift_group(
+            [data.task for data in datasets], fit.shares, stages.spec, stages.config.gradients, stages.base_hashes
+        )
+        # As far as is best to first order, so that step sizes are about 1, but no farther than that holds.
+        best = float(np.mean([step for step, _ in _promise(datasets, fit.beta, 1.0)])) if known is None else known
+        factor, distance = save_moved(stages.start, lifted.delta, target, best, DISTANCE if known is None else None)
+        self.factors[group], row["distance"] = factor, distance
+        self.done.flops += training_flops(stages.size(), lifted.tokens)
         self.done.peak_memory_bytes = max(self.done.peak_memory_bytes, lifted.peak_memory_bytes)
         return dict(zip(members, lifted.scores, strict=True))
 
-    def _fit(self, group: int, members: Sequence[str]) -> ResidualFit:
+    def _trained(self, members: Sequence[str], target: Path, row: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
+        """Write the booster of a group by a short training on the loss of the ensemble with it; scores as `_lifted`."""
+        stages, steps = self.stages, self.settings.train_steps
         datasets = [self.data[task] for task in members]
-        features = [data.features for data in datasets]
+        start = self._score(
+            [ScoreRequest(stages.start, data.task, data.examples) for data in datasets], "training scores at the start"
+        )
+        tasks = [
+            replace(data.task, splits={**data.task.splits, "train": _offset(data, scores)})
+            for data, scores in zip(datasets, start, strict=True)
+        ]
+        # Validation examples have no offsets: what an early stop would look at is not the ensemble's loss.
+        training = stages.config.training.model_copy(update={"early_stop": None})
+        job = AdapterJob(target.name, tuple(members), steps, training.seed)
+        config = stages.config.model_copy(update={"training": training})
+        model = asdict(stages.spec)
+        trained = train_adapters([job], tasks, config, stages.folder.path, model, stages.base_hashes)[target.name]
+        with whole_folder(target) as temporary:
+            for file in trained.folder.iterdir():
+                shutil.copy(file, temporary / file.name)
+        row["steps"] = trained.steps
+        self.done.flops += training_flops(stages.size(), trained.tokens)
+        self.done.peak_memory_bytes = max(self.done.peak_memory_bytes, trained.peak_memory_bytes)
+        return dict(zip(members, start, strict=True))
+
+    def _fit(self, datasets: Sequence[_Dataset], factor: float) -> ResidualFit:
         wanted = [
             residuals(data.train_boosted, data.labels, len(data.features.train_features) // data.features.examples)
             for data in datasets
         ]
-
-        def judge(beta: NDArray[np.float64]) -> float:
-            """Mean validation loss to first order, with step sizes as they will be fitted."""
-            found = []
-            for data in datasets:
-                labels, direction = data.features.validation_labels, data.features.validation_features @ beta
-                step = fit_step_size(data.boosted, direction, labels)
-                found.append(float(label_losses(data.boosted + step * direction, labels).mean()))
-            return float(np.mean(found))
-
         chosen = self.settings.regularization
-        value = None if chosen == "auto" else chosen
-        if group in self.factors:
-            value = self.factors[group][0]
-        return fit_residual(features, wanted, self.sampling, judge, value)
+        return fit_residual(
+            [data.features for data in datasets],
+            wanted,
+            self.sampling,
+            lambda beta: float(np.mean([loss for _, loss in _promise(datasets, beta, factor)])),
+            None if chosen == "auto" else chosen,
+        )
 
     def _added(
         self, members: Sequence[str], target: Path, start: Mapping[str, NDArray[np.float32]]
@@ -263,3 +293,23 @@ class _Boosting:
             "train_loss": group_loss(losses, counts, members, self.sampling),
             "validation_loss": float(np.mean([self.data[task].validation_loss for task in members])),
         }
+
+
+def _offset(data: _Dataset, start: NDArray[np.float32]) -> tuple[EncodedExample, ...]:
+    """Training examples whose offsets make a model's score at θ₀ that of the ensemble so far."""
+    offsets = data.train_boosted - log_softmax(start.astype(np.float64), axis=1)
+    return tuple(
+        replace(example, offsets=tuple(float(value) for value in row))
+        for example, row in zip(data.examples, offsets, strict=True)
+    )
+
+
+def _promise(datasets: Sequence[_Dataset], beta: NDArray[np.float64], factor: float) -> list[tuple[float, float]]:
+    """Step size and validation loss of each dataset to first order, if factor·β is added to what boosts it already."""
+    found = []
+    for data in datasets:
+        labels = data.features.validation_labels
+        direction = data.added + factor * (data.features.validation_features @ beta)
+        step = fit_step_size(data.scores, direction, labels)
+        found.append((step, float(label_losses(data.scores + step * direction, labels).mean())))
+    return found

@@ -103,11 +103,11 @@ def label_losses(scores: FloatArray, labels: NDArray[np.integer[Any]]) -> NDArra
 
 
 def fit_step_size(scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]]) -> float:
-    """Step size η ≥ 0 of one dataset: the convex minimum of its validation loss with its slope raised by one standard error.
+    """Step size η ≥ 0 of one dataset: the minimum of its validation loss, shrunk by what chance could have made of it.
 
-    minimise (1/V) Σ_x −log softmax(s(x) + η d(x))_y + η σ/√V, σ the standard deviation over examples of the loss's slope at
-    η = 0. So η is zero unless the loss falls by more than chance would let it, and shrunk where it does; and η·d does not depend
-    on the length of d.
+    η = (1 − 1/z²)₊ · argmin (1/V) Σ_x −log softmax(s(x) + η d(x))_y, which is convex in η; z is the loss's slope at η = 0 in
+    standard errors. So η is zero where the loss falls by no more than chance would let it, and hardly less than the minimum where
+    it falls plainly (the non-negative garrote of Breiman 1995, Technometrics 37). η·d does not depend on the length of d.
 
     Args:
         scores: (V, K) scores of the ensemble.
@@ -115,9 +115,9 @@ def fit_step_size(scores: FloatArray, direction: FloatArray, labels: NDArray[np.
         labels: (V,).
 
     Returns:
-        η, at most `LONGEST_STEP`.
+        η, at most `LONGEST_STEP`; 0 where there are fewer than two examples.
     """
-    rows = np.arange(len(labels))
+    rows, count = np.arange(len(labels)), len(labels)
 
     def slopes(step: float) -> NDArray[np.float64]:
         share = softmax(scores + step * direction, axis=1)
@@ -125,11 +125,12 @@ def fit_step_size(scores: FloatArray, direction: FloatArray, labels: NDArray[np.
         return found
 
     first = slopes(0.0)
-    penalty = float(first.std(ddof=1)) / np.sqrt(len(labels)) if len(labels) > 1 else np.inf
+    if count < 2 or first.mean() >= 0:
+        return 0.0
+    chance = float(first.var(ddof=1) / count / first.mean() ** 2)  # 1/z²
 
     def slope(step: float) -> float:
-        return float(slopes(step).mean()) + penalty
+        return float(slopes(step).mean())
 
-    if slope(0.0) >= 0:
-        return 0.0
-    return LONGEST_STEP if slope(LONGEST_STEP) <= 0 else float(brentq(slope, 0.0, LONGEST_STEP))
+    lowest = LONGEST_STEP if slope(LONGEST_STEP) <= 0 else float(brentq(slope, 0.0, LONGEST_STEP))
+    return max(0.0, 1.0 - chance) * lowest

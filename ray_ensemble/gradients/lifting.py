@@ -126,25 +126,23 @@ def lift_group(
     return Lifted(delta, tuple(scores), tokens, peak)
 
 
-def save_moved(
-    start: Path, delta: Delta, target: Path, *, distance: float, factor: float | None = None
-) -> tuple[float, float]:
+def save_moved(start: Path, delta: Delta, target: Path, factor: float, longest: float | None) -> tuple[float, float]:
     """Write the adapter θ₀ + factor·Δθ as a PEFT folder, whole or not at all.
 
     Args:
         start: the saved adapter θ₀.
         delta: Δθ by canonical name.
         target: the folder to write.
-        distance: how far from θ₀ to go, relative to ‖θ₀‖, where no factor is given; a Δθ of zero is not moved along.
         factor: that Δθ is multiplied by.
+        longest: how far from θ₀ to go at most, relative to ‖θ₀‖; the factor is lowered to that.
 
     Returns:
         The factor, and the distance from θ₀ relative to ‖θ₀‖.
     """
     saved = load_file(start / "adapter_model.safetensors")
     length = norm(delta) / norm(saved)
-    if factor is None:
-        factor = distance / length if length > 0 else 0.0
+    if longest is not None and factor * length > longest:
+        factor = longest / length
     moved = {name: value + factor * delta[name.removeprefix(_PREFIX)].to(value.dtype) for name, value in saved.items()}
     with whole_folder(target) as temporary:
         save_file(moved, temporary / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -202,6 +202,9 @@ class Loop:
         self._dropout.keys, self._dropout.lengths = [row.key for row in rows], [row.length for row in rows]
         with self._autocast():
             scores = label_scores(self.model, batch)
+        if any(row.example.offsets for row in rows):
+            offsets = [(*row.example.offsets, *[0.0] * (classes - len(row.example.offsets))) for row in rows]
+            scores = scores + torch.tensor(offsets, device=scores.device)
         return score_loss(scores, batch.labels)
 
     def _evaluate(self, rows: Sequence[BatchRow], step: int) -> tuple[list[float], int]:
