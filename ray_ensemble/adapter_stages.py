@@ -87,6 +87,7 @@ def ensemble(stages: Stages) -> Outcome:
             combined[task.name] = combine(scores, np.array(weights[task.name]))
     files = [stages.folder / "ensemble.json"]
     facts = {"flops": forward_flops(stages.size(), tokens), "peak_memory_bytes": peak}
+    shutil.rmtree(stages.folder / "boosters", ignore_errors=True)
     described: dict[str, Any] = {"steps": stages.config.boosting.steps, "adapters": []}
     if boosting:
         from ray_ensemble.boosting import boost

@@ -109,7 +109,6 @@ class _Boosting:
         self.done = Boosted()
         self.factors: dict[int, float] = {}  # of a group's first fit, for one step size to suit all of its boosters
         self.data: dict[str, _Dataset] = {}
-        shutil.rmtree(stages.folder / "boosters", ignore_errors=True)
         examples = {f.name: stages.task(f.name)["train"][: f.examples] for f in stages.features()}
         sampled = self._ensemble_scores({name: found[:SAMPLE] for name, found in examples.items()})
         for features in stages.features():
@@ -232,7 +231,7 @@ class _Boosting:
             [data.features for data in datasets],
             wanted,
             self.sampling,
-            lambda beta: float(np.mean([loss for _, loss in _promise(datasets, beta, factor)])),
+            lambda beta: [losses for _, losses in _promise(datasets, beta, factor)],
             None if chosen == "auto" else chosen,
         )
 
@@ -304,12 +303,12 @@ def _offset(data: _Dataset, start: NDArray[np.float32]) -> tuple[EncodedExample,
     )
 
 
-def _promise(datasets: Sequence[_Dataset], beta: NDArray[np.float64], factor: float) -> list[tuple[float, float]]:
-    """Step size and validation loss of each dataset to first order, if factor·β is added to what boosts it already."""
+def _promise(datasets: Sequence[_Dataset], beta: Scores, factor: float) -> list[tuple[float, Scores]]:
+    """Step size and validation losses (V,) of each dataset to first order, if factor·β is added to what boosts it already."""
     found = []
     for data in datasets:
         labels = data.features.validation_labels
         direction = data.added + factor * (data.features.validation_features @ beta)
         step = fit_step_size(data.scores, direction, labels)
-        found.append((step, float(label_losses(data.scores + step * direction, labels).mean())))
+        found.append((step, label_losses(data.scores + step * direction, labels)))
     return found

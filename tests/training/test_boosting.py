@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from ray_ensemble.estimator import TaskFeatures, pairwise_margins
+from ray_ensemble.estimator.budget import regularization_grid
 from ray_ensemble.training.boosting import fit_residual, group_loss, residuals, worst_group
 
 DIM = 12
+
+
+def flat(beta: np.ndarray) -> list[np.ndarray]:
+    return [np.zeros(2)]
 
 
 def task(seed: int, count: int, classes: int) -> TaskFeatures:
@@ -41,7 +46,7 @@ def test_ridge_is_least_squares_with_the_penalty_as_rows(sampling, counts):
     features = [task(1, counts[0], 2), task(2, counts[1], 3)]
     generator = np.random.default_rng(3)
     residual = [generator.random((f.examples, len(f.train_features) // f.examples)) for f in features]
-    found = fit_residual(features, residual, sampling, lambda beta: 0.0, 0.7)
+    found = fit_residual(features, residual, sampling, flat, 0.7)
     rows = np.concatenate([f.train_features for f in features]).astype(float)
     share = [1 / sum(counts)] * 2 if sampling == "examples" else [0.5 / count for count in counts]
     root = np.sqrt(np.concatenate([np.full(r.size, w) for r, w in zip(residual, share, strict=True)]))
@@ -54,15 +59,31 @@ def test_ridge_is_least_squares_with_the_penalty_as_rows(sampling, counts):
     np.testing.assert_allclose(lifted, want, atol=1e-7, err_msg="the shares add the gradients up to the fit")
 
 
-def test_the_judge_chooses_along_a_grid():
-    features = [task(1, 40, 2)]
-    residual = [np.random.default_rng(0).random((40, 1))]
-    wanted = fit_residual(features, residual, "examples", lambda beta: 0.0, 2.5).beta
-    found = fit_residual(features, residual, "examples", lambda beta: float(np.square(beta - wanted).sum()))
-    others = [fit_residual(features, residual, "examples", lambda _: 0.0, found.regularization * f) for f in (0.1, 10)]
-    assert all(np.square(found.beta - wanted).sum() < np.square(o.beta - wanted).sum() for o in others)
-    flat = fit_residual(features, residual, "examples", lambda beta: 1.0)
-    assert np.linalg.norm(flat.beta) < min(np.linalg.norm(o.beta) for o in others), "of equals the most cautious"
+def test_the_judge_chooses_the_smallest_penalty_within_its_standard_error():
+    features = [task(1, 40, 2), task(2, 30, 2)]
+    residual = [np.random.default_rng(0).random((f.examples, 1)) for f in features]
+    grid = regularization_grid(features)
+    norms = [np.linalg.norm(fit_residual(features, residual, "examples", flat, value).beta) for value in grid]
+
+    def judge(best: int, spread: float):
+        """Losses (2, 50) that rise by 0.01 a grid point on either side of `best`, with a spread in the difference."""
+        noise = np.random.default_rng(1).normal(size=(2, 50))
+        noise -= noise.mean(axis=1, keepdims=True)
+        noise /= noise.std(axis=1, keepdims=True)
+
+        def losses(beta):
+            place = int(np.argmin(np.abs(norms - np.linalg.norm(beta))))
+            return list(1.0 + 0.01 * abs(place - best) + spread * place * noise)
+
+        return losses
+
+    sharp = fit_residual(features, residual, "examples", judge(5, 0.0))
+    assert sharp.regularization == grid[5]
+    assert sharp.judged == pytest.approx(1.0)
+    # The difference over n points has a standard error of spread·n/√(50·2).
+    blurred = fit_residual(features, residual, "examples", judge(5, 0.11))
+    assert blurred.regularization == grid[-1], "0.011 n is more than 0.01 n everywhere"
+    assert fit_residual(features, residual, "examples", judge(5, 0.09)).regularization == grid[5]
 
 
 def test_the_worst_group_is_that_of_highest_mean_loss():
