@@ -86,8 +86,8 @@ def fit_residual(
         sampling: gives the examples' weights (`training.sampling`).
         judge: the losses that a β promises: of each member's validation examples to first order.
         regularization: λ > 0; by default chosen on a logarithmic grid about the mean squared norm of the gradients: the smallest
-            whose promised loss (mean over members) is within one standard error of the least. Smaller than the least's, since
-            the projection's noise, which counts against small λ most, is not in the lifted step.
+            whose promised loss (mean over members) is within one standard error of the least and keeps half of the gain. Smaller
+            than the least's, since the projection's noise, which counts against small λ most, is not in the lifted step.
 
     Returns:
         The fit.
@@ -107,12 +107,14 @@ def fit_residual(
     promised = [judge(beta) for _, beta in fits]
     judged = [mean_loss(losses) for losses in promised]
     best = int(np.argmin(judged))
+    gain = mean_loss(judge(np.zeros(rows.shape[1]))) - judged[best]
     near = [
         place
         for place in range(best, len(fits))
-        if judged[place] - judged[best] <= _error(promised[place], promised[best])
+        if judged[place] - judged[best] <= min(_error(promised[place], promised[best]), gain / 2)
     ]
-    chosen, beta = fits[near[-1]]
+    at = near[-1] if near else best
+    chosen, beta = fits[at]
     # (w r − w φβ)/λ: the root of the weight is in both terms once already
     shares = root * (target - root * (rows @ beta)) / chosen
     firsts = [*first_rows(features, members), len(rows)]
@@ -124,7 +126,7 @@ def fit_residual(
     # A thin singular value decomposition: 6Md² + 20d³ at M ≥ d (Golub and Van Loan, section 8.6), and the products
     few, many = sorted((count, dim))
     flops = 6 * many * few**2 + 20 * few**3 + 2 * (len(fits) * few * dim + count * (few + dim))
-    return ResidualFit(beta, chosen, judged[near[-1]], split, flops)
+    return ResidualFit(beta, chosen, judged[at], split, flops)
 
 
 def mean_loss(losses: Sequence[FloatArray]) -> float:

@@ -65,13 +65,15 @@ def test_the_judge_chooses_the_smallest_penalty_within_its_standard_error():
     grid = regularization_grid(features)
     norms = [np.linalg.norm(fit_residual(features, residual, "examples", flat, value).beta) for value in grid]
 
-    def judge(best: int, spread: float):
-        """Losses (2, 50) that rise by 0.01 a grid point on either side of `best`, with a spread in the difference."""
+    def judge(best: int, spread: float, gain: float = 9.0):
+        """Losses (2, 50) that rise by 0.01 a grid point on either side of `best`, with a spread, below those of no step."""
         noise = np.random.default_rng(1).normal(size=(2, 50))
         noise -= noise.mean(axis=1, keepdims=True)
         noise /= noise.std(axis=1, keepdims=True)
 
         def losses(beta):
+            if not beta.any():
+                return [np.full(50, 1.0 + gain)] * 2
             place = int(np.argmin(np.abs(norms - np.linalg.norm(beta))))
             return list(1.0 + 0.01 * abs(place - best) + spread * place * noise)
 
@@ -84,6 +86,8 @@ def test_the_judge_chooses_the_smallest_penalty_within_its_standard_error():
     blurred = fit_residual(features, residual, "examples", judge(5, 0.11))
     assert blurred.regularization == grid[-1], "0.011 n is more than 0.01 n everywhere"
     assert fit_residual(features, residual, "examples", judge(5, 0.09)).regularization == grid[5]
+    # Half of the gain has to be kept.
+    assert fit_residual(features, residual, "examples", judge(5, 0.11, gain=0.065)).regularization == grid[8]
 
 
 def test_the_worst_group_is_that_of_highest_mean_loss():
