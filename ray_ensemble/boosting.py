@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from ray_ensemble.ensemble import ScoreRequest, booster_scores, combine, fit_step_size, label_losses, score_all
+from ray_ensemble.ensemble import (
+    ScoreRequest,
+    best_step,
+    booster_scores,
+    combine,
+    fit_step_size,
+    label_losses,
+    score_all,
+)
 from ray_ensemble.estimator import TaskFeatures, validation_halves
 from ray_ensemble.evaluation import forward_flops, training_flops
 from ray_ensemble.files import whole_folder
@@ -69,6 +77,19 @@ class _Dataset:
     def labels(self) -> NDArray[np.int64]:
         """Labels (n,) of the training examples that are scored."""
         return np.array([example.label for example in self.examples[: len(self.train_scores)]])
+
+    def step_size(self, added: Scores | float, train_added: Scores | float) -> float:
+        """η where `added` (V, K) and `train_added` (n, K) are what boosters add at η = 1."""
+        longest = best_step(self.train_scores, np.asarray(train_added), self.labels)
+        return fit_step_size(self.scores, np.asarray(added), self.features.validation_labels, longest)
+
+    def linear(self, beta: Scores) -> tuple[Scores, Scores]:
+        """What a booster of β adds to first order to the validation scores (V, K) and to the training scores (n, K)."""
+        wrong = np.arange(self.train_scores.shape[1])[None, :] != self.labels[:, None]
+        rows = (self.features.train_features @ beta).reshape(self.features.examples, -1)
+        train = np.zeros(self.train_scores.shape)
+        train[wrong] = np.broadcast_to(-rows, (len(rows), wrong.shape[1] - 1)).ravel()
+        return self.features.validation_features @ beta, train
 
     @property
     def boosted(self) -> Scores:
@@ -152,7 +173,7 @@ class _Boosting:
         for task, (train, validation) in self._added(members, target, start_scores).items():
             data = self.data[task]
             data.added, data.train_added = data.added + validation, data.train_added + train
-            data.step = fit_step_size(data.scores, data.added, data.features.validation_labels)
+            data.step = data.step_size(data.added, data.train_added)
         after = self._losses(members)
         row |= {"step_sizes": {task: self.data[task].step for task in members}}
         row |= {key: [before[key], after[key]] for key in before}
@@ -308,7 +329,8 @@ def _promise(datasets: Sequence[_Dataset], beta: Scores, factor: float) -> list[
     found = []
     for data in datasets:
         labels = data.features.validation_labels
-        direction = data.added + factor * (data.features.validation_features @ beta)
-        step = fit_step_size(data.scores, direction, labels)
+        validation, train = data.linear(factor * beta)
+        direction = data.added + validation
+        step = data.step_size(direction, data.train_added + train)
         found.append((step, label_losses(data.scores + step * direction, labels)))
     return found

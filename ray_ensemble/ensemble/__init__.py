@@ -4,6 +4,7 @@ from ray_ensemble.ensemble.merge import merge_adapters
 from ray_ensemble.ensemble.prediction import Predictor, read_rows
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
 from ray_ensemble.ensemble.weights import (
+    best_step,
     booster_scores,
     boosters_of,
     combine,
@@ -16,6 +17,7 @@ __all__ = [
     "Predictor",
     "ScoreRequest",
     "Scored",
+    "best_step",
     "booster_scores",
     "boosters_of",
     "combine",

@@ -102,35 +102,53 @@ def label_losses(scores: FloatArray, labels: NDArray[np.integer[Any]]) -> NDArra
     return losses
 
 
-def fit_step_size(scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]]) -> float:
-    """Step size η ≥ 0 of one dataset: the minimum of its validation loss, shrunk by what chance could have made of it.
-
-    η = (1 − 1/z²)₊ · argmin (1/V) Σ_x −log softmax(s(x) + η d(x))_y, which is convex in η; z is the loss's slope at η = 0 in
-    standard errors. So η is zero where the loss falls by no more than chance would let it, and hardly less than the minimum where
-    it falls plainly (the non-negative garrote of Breiman 1995, Technometrics 37). η·d does not depend on the length of d.
+def best_step(scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]]) -> float:
+    """Step size η in [0, `LONGEST_STEP`] of least loss −log softmax(s(x) + η d(x))_y, which is convex in η.
 
     Args:
         scores: (V, K) scores of the ensemble.
         direction: (V, K) what is added at η = 1.
         labels: (V,).
-
-    Returns:
-        η, at most `LONGEST_STEP`; 0 where there are fewer than two examples.
     """
-    rows, count = np.arange(len(labels)), len(labels)
-
-    def slopes(step: float) -> NDArray[np.float64]:
-        share = softmax(scores + step * direction, axis=1)
-        found: NDArray[np.float64] = (share * direction).sum(axis=1) - direction[rows, labels]
-        return found
-
-    first = slopes(0.0)
-    if count < 2 or first.mean() >= 0:
-        return 0.0
-    chance = float(first.var(ddof=1) / count / first.mean() ** 2)  # 1/z²
 
     def slope(step: float) -> float:
-        return float(slopes(step).mean())
+        return float(_slopes(scores, direction, labels, step).mean())
 
-    lowest = LONGEST_STEP if slope(LONGEST_STEP) <= 0 else float(brentq(slope, 0.0, LONGEST_STEP))
-    return max(0.0, 1.0 - chance) * lowest
+    if slope(0.0) >= 0:
+        return 0.0
+    return LONGEST_STEP if slope(LONGEST_STEP) <= 0 else float(brentq(slope, 0.0, LONGEST_STEP))
+
+
+def fit_step_size(
+    scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]], longest: float = LONGEST_STEP
+) -> float:
+    """Step size η ≥ 0 of one dataset: the best on its validation examples, shrunk by what chance could have made of it.
+
+    η = (1 − 1/z²)₊ · min(argmin of the validation loss, `longest`), z the loss's slope at η = 0 in standard errors. So η is zero
+    where the loss falls by no more than chance would let it, and hardly less than the minimum where it falls plainly (the
+    non-negative garrote of Breiman 1995, Technometrics 37). η·d does not depend on the length of d.
+
+    Args:
+        scores: (V, K) scores of the ensemble.
+        direction: (V, K) what is added at η = 1.
+        labels: (V,).
+        longest: the best η on training examples, of which there are more: a few validation examples that are all right under
+            some direction would have η grow for ever.
+
+    Returns:
+        η; 0 where there are fewer than two examples.
+    """
+    first = _slopes(scores, direction, labels, 0.0)
+    if len(first) < 2 or first.mean() >= 0:
+        return 0.0
+    chance = float(first.var(ddof=1) / len(first) / first.mean() ** 2)  # 1/z²
+    return max(0.0, 1.0 - chance) * min(longest, best_step(scores, direction, labels))
+
+
+def _slopes(
+    scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]], step: float
+) -> NDArray[np.float64]:
+    """Slopes (V,) of the examples' losses in η at η = `step`."""
+    share = softmax(scores + step * direction, axis=1)
+    found: NDArray[np.float64] = (share * direction).sum(axis=1) - direction[np.arange(len(labels)), labels]
+    return found

@@ -10,6 +10,7 @@ from scipy.special import log_softmax
 
 from ray_ensemble.ensemble.weights import (
     PRIOR_EXAMPLES,
+    best_step,
     booster_scores,
     combine,
     fit_step_size,
@@ -103,6 +104,19 @@ def test_what_a_step_adds_does_not_depend_on_the_direction_s_length():
     step = fit_step_size(scores, direction, labels)
     assert step > 0
     assert fit_step_size(scores, direction * 4, labels) == pytest.approx(step / 4, rel=1e-6)
+
+
+def test_a_step_is_no_longer_than_what_training_says():
+    """A direction that rights every validation example would be followed for ever."""
+    scores, _, labels = random_direction(0)
+    direction = np.eye(3)[labels]
+    assert fit_step_size(scores, direction, labels) > 10
+    assert 0 < fit_step_size(scores, direction, labels, 1.5) <= 1.5
+    grid = np.linspace(0, 5, 5001)
+    scores, direction, labels = random_direction(1, signal=0.6)
+    lowest = grid[np.argmin([label_losses(scores + step * direction, labels).mean() for step in grid])]
+    assert best_step(scores, direction, labels) == pytest.approx(lowest, abs=1e-3)
+    assert best_step(scores, -direction, labels) == 0
 
 
 def test_noise_and_harm_get_no_step():
