@@ -58,23 +58,22 @@ def train(stages: Stages) -> Outcome:
 
 
 def ensemble(stages: Stages) -> Outcome:
-    """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see."""
-    from ray_ensemble.ensemble import ScoreRequest, fit_weights, merge_adapters, score_all
-    from ray_ensemble.estimator import validation_halves
+    """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see; then
+    boosting, which adds to them.
+    """
+    from ray_ensemble.ensemble import ScoreRequest, boosters_of, combine, fit_weights, merge_adapters, score_all
     from ray_ensemble.evaluation import forward_flops
 
     names = stages.group_names
-    held_out = {
-        task.name: tuple(task["validation"][i] for i in validation_halves(len(task["validation"]))[1])
-        for task in stages.encoded
-    }
     learned = stages.config.ensemble.weights == "learned" and len(names) > 1
-    weights: dict[str, list[float]] = {}
+    boosting = stages.config.boosting.steps > 0
+    weights = {task.name: [1.0 / len(names)] * len(names) for task in stages.encoded}
+    combined: dict[str, NDArray[np.float64]] = {}
     tokens, peak = 0, 0
-    if learned:
+    if learned or boosting:
         stages.need_ray()
         requests = [
-            ScoreRequest(stages.adapter_folder(name), task, held_out[task.name])
+            ScoreRequest(stages.adapter_folder(name), task, stages.held_out(task.name))
             for task in stages.encoded
             for name in names
         ]
@@ -84,42 +83,56 @@ def ensemble(stages: Stages) -> Outcome:
         tokens, peak = scored.tokens, scored.peak_memory_bytes
         for i, task in enumerate(stages.encoded):
             scores = np.stack(scored.scores[i * len(names) : (i + 1) * len(names)])
-            labels = np.array([example.label for example in held_out[task.name]])
-            weights[task.name] = fit_weights(scores, labels, stages.own_group(task.name)).tolist()
-    else:
-        weights = {task.name: [1.0 / len(names)] * len(names) for task in stages.encoded}
+            if learned:
+                labels = np.array([example.label for example in stages.held_out(task.name)])
+                weights[task.name] = fit_weights(scores, labels, stages.own_group(task.name)).tolist()
+            combined[task.name] = combine(scores, np.array(weights[task.name]))
+    files = [stages.folder / "ensemble.json"]
+    facts = {"flops": forward_flops(stages.size(), tokens), "peak_memory_bytes": peak}
+    shutil.rmtree(stages.folder / "boosters", ignore_errors=True)
+    described: dict[str, Any] = {"steps": stages.config.boosting.steps, "adapters": []}
+    if boosting:
+        from ray_ensemble.boosting import boost
+
+        boosted = boost(stages, weights, combined)
+        described |= boosted.described()
+        files += boosted.files
+        facts["boosting_flops"] = boosted.flops
+        facts["peak_memory_bytes"] = max(peak, boosted.peak_memory_bytes)
     write_json(
         stages.folder / "ensemble.json",
-        {
-            "adapters": names,
-            "weights": weights,
-            "method": stages.config.ensemble.weights,
-            "boosting": {"steps": stages.config.boosting.steps, "adapters": []},
-        },
+        {"adapters": names, "weights": weights, "method": stages.config.ensemble.weights, "boosting": described},
     )
-    files = [stages.folder / "ensemble.json"]
     for name, values in weights.items():
         target = stages.folder / "merged" / name
-        merge_adapters([stages.adapter_folder(group) for group in names], values, target)
+        boosters, step = boosters_of(described, name)
+        shares = [*values, *[step] * len(boosters)]
+        folders = [stages.adapter_folder(adapter) for adapter in (*names, *boosters)]
+        if boosters and stages.warm:
+            shares, folders = [*shares, -step * len(boosters)], [*folders, stages.start]
+        merge_adapters(folders, shares, target)
         files += sorted(target.iterdir())
-    return files, {"flops": forward_flops(stages.size(), tokens), "peak_memory_bytes": peak}
+    return files, facts
 
 
 def evaluate(stages: Stages) -> Outcome:
-    """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble, merged."""
-    from ray_ensemble.ensemble import ScoreRequest, combine, score_all
+    """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble (also unboosted), merged."""
+    from ray_ensemble.ensemble import ScoreRequest, booster_scores, boosters_of, combine, score_all
     from ray_ensemble.evaluation import summarise
 
     stages.need_ray()
     ensemble = read_json(stages.folder / "ensemble.json", "ensemble")
-    names, weights = ensemble["adapters"], ensemble["weights"]
+    names, weights, boosting = ensemble["adapters"], ensemble["weights"], ensemble["boosting"]
     wanted: dict[tuple[str, str], ScoreRequest] = {}
     for task in stages.encoded:
         used = [name for name, w in zip(names, weights[task.name], strict=True) if w > 0]
         own = names[stages.own_group(task.name)]
+        boosters, _ = boosters_of(boosting, task.name)
         folders: dict[str, Path | None] = {"base": None, "qlora_all": stages.adapter_folder("qlora_all")}
-        folders |= {name: stages.adapter_folder(name) for name in dict.fromkeys([*used, own])}
-        if len(used) > 1:
+        folders |= {name: stages.adapter_folder(name) for name in dict.fromkeys([*used, own, *boosters])}
+        if boosters:
+            folders["start"] = stages.start if stages.warm else None
+        if len(used) > 1 or boosters:
             folders["merged"] = stages.folder / "merged" / task.name
         for name, adapter in folders.items():
             wanted[task.name, name] = ScoreRequest(adapter, task, task["test"])
@@ -138,14 +151,21 @@ def evaluate(stages: Stages) -> Outcome:
         shape = scores[task.name, "base"].shape
         stack = np.stack([scores.get((task.name, name), np.zeros(shape, np.float32)) for name in names])
         only = names[int(w.argmax())]
+        boosters, step = boosters_of(boosting, task.name)
+        combined = boosted = combine(stack, w)
+        if boosters:
+            found = np.stack([scores[task.name, name] for name in boosters])
+            boosted = combined + step * booster_scores(found, scores[task.name, "start"])
         outputs[task.name] = {
             "base": scores[task.name, "base"],
             "qlora_all": scores[task.name, "qlora_all"],
             "group": scores[task.name, names[stages.own_group(task.name)]],
-            "ensemble": combine(stack, w),
+            "ensemble": boosted,
             # With one adapter in use the merged adapter is that adapter.
             "merged": scores.get((task.name, "merged"), scores[task.name, only]),
         }
+        if stages.config.boosting.steps:
+            outputs[task.name]["ensemble_unboosted"] = combined
     labels = {task.name: np.array([e.label for e in task["test"]]) for task in stages.encoded}
     metrics = summarise(outputs, labels)
     peak = {
@@ -166,7 +186,7 @@ def _flops(stages: Stages) -> dict[str, float]:
         "gradients": stages.folder.facts("gradients")["flops"],
         "search": float(stages.folder.facts("search")["flops"]),
         "groups": sum(value for name, value in trained.items() if name != "qlora_all"),
-        "boosting": 0.0,
+        "boosting": stages.folder.facts("ensemble").get("boosting_flops", 0.0),
         "ensemble": stages.folder.facts("ensemble")["flops"],
     }
     return {**parts, "qlora_all": trained["qlora_all"], "ratio": flops_ratio(parts, trained["qlora_all"])}

@@ -286,9 +286,18 @@ class TrainingConfig(Section):
 
 
 class BoostingConfig(Section):
-    """Boosting steps after the groups are trained. This version trains none."""
+    """Up to `steps` further adapters, each for the group of highest training loss under the ensemble so far (docs/boosting.md).
 
-    steps: Literal[0] = 0
+    `method: ridge` fits the ensemble's residual by ridge regression on the gradients and lifts the fit to an adapter; `train`
+    trains one for `train_steps` steps on the loss of the ensemble with it added. `regularization` is the ridge's λ, `auto` the
+    one whose estimated loss on validation data is least. Boosting ends early when a step does not lower the group's
+    validation loss.
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    method: Literal["ridge", "train"] = "ridge"
+    regularization: Literal["auto"] | Fraction = "auto"
+    train_steps: Count = 30
 
 
 class EnsembleConfig(Section):

@@ -34,8 +34,8 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
         "training.batch_size",
         "training.sampling",
     ),
-    "train": ("training.", "boosting."),
-    "ensemble": ("ensemble.",),
+    "train": ("training.",),
+    "ensemble": ("ensemble.", "boosting."),
     "evaluate": (),
     "report": (),
 }

@@ -18,7 +18,7 @@ from ray_ensemble.files import read_json, sha256_file, write_json
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import ray_session
-from ray_ensemble.tasks import SPLITS, EncodedTask, Task, encode_task, load_tasks
+from ray_ensemble.tasks import SPLITS, EncodedExample, EncodedTask, Task, encode_task, load_tasks
 from ray_ensemble.version import __version__
 
 if TYPE_CHECKING:
@@ -156,9 +156,9 @@ class Stages:
         hashes = self._hashes(self.planned["adapter"]["hash"])
         spec = asdict(self._spec_at(self.init))
         trained = train_adapters([job], self.encoded, self.config, self.folder.path, spec, hashes)["start"]
-        shutil.rmtree(self._start, ignore_errors=True)
-        shutil.copytree(trained.folder, self._start)
-        return training_flops(self.size(), trained.tokens, trained.validation_tokens), sorted(self._start.iterdir())
+        shutil.rmtree(self.start, ignore_errors=True)
+        shutil.copytree(trained.folder, self.start)
+        return training_flops(self.size(), trained.tokens, trained.validation_tokens), sorted(self.start.iterdir())
 
     def search(self) -> Outcome:
         """Affinity of the tasks and the best partition found."""
@@ -230,6 +230,17 @@ class Stages:
         """All tasks, tokenised."""
         return encode_all(self._loaded, self._tokenizer, self.config)
 
+    def task(self, name: str) -> EncodedTask:
+        """The task of this name."""
+        return next(task for task in self.encoded if task.name == name)
+
+    def held_out(self, name: str) -> tuple[EncodedExample, ...]:
+        """The half of a task's validation examples that the search did not see: weights are fitted on it."""
+        from ray_ensemble.estimator import validation_halves
+
+        examples = self.task(name)["validation"]
+        return tuple(examples[i] for i in validation_halves(len(examples))[1])
+
     def _refuse_changed_data(self) -> None:
         before = {task["name"]: task["data_hash"] for task in read_json(self.folder / "tasks.json")["tasks"]}
         changed = [task.name for task in self.encoded if before.get(task.name) != task.data_hash]
@@ -256,14 +267,14 @@ class Stages:
         return self.config.gradients.start == "meta"
 
     @property
-    def _start(self) -> Path:
+    def start(self) -> Path:
         """Where θ₀ is: gradients are taken there and every adapter starts there."""
         return self.folder / "start" if self.warm else self.init
 
     @cached_property
     def base_hashes(self) -> dict[str, str]:
         """Hashes of the base and θ₀, and the quantization: what every cached result depends on."""
-        warm = sha256_file(self._start / "adapter_model.safetensors") if self.warm else None
+        warm = sha256_file(self.start / "adapter_model.safetensors") if self.warm else None
         return self._hashes(warm or self.planned["adapter"]["hash"])
 
     def _hashes(self, adapter: str) -> dict[str, str]:
@@ -280,7 +291,7 @@ class Stages:
     @cached_property
     def spec(self) -> Any:
         """How a worker loads the base and θ₀."""
-        return self._spec_at(self._start)
+        return self._spec_at(self.start)
 
     def _spec_at(self, start: Path) -> Any:
         from ray_ensemble.gradients import ReplicaSpec
@@ -312,7 +323,8 @@ class Stages:
 
     def adapter_folder(self, name: str) -> Path:
         """Where the adapter of this name is kept in the run folder."""
-        return self.folder / ("baselines" if name == "qlora_all" else "adapters") / name
+        kinds = {"qlora_all": "baselines", "booster": "boosters"}
+        return self.folder / kinds.get(name.partition("-")[0], "adapters") / name
 
 
 def encode_all(tasks: Sequence[Task], tokenizer: Any, config: JobConfig) -> list[EncodedTask]:

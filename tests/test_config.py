@@ -53,7 +53,11 @@ def test_a_model_that_is_no_path_stays_a_hub_id(tmp_path):
         ({"gradients": {"replicas": "many"}}, ["'gradients.replicas'", "'auto'"]),
         ({"model": {}}, ["'model.source' is missing"]),
         ({"tasks": []}, ["'tasks'", "at least 1"]),
-        ({"boosting": {"steps": 1}}, ["'boosting.steps'"]),
+        ({"boosting": {"steps": -1}}, ["'boosting.steps'", "greater than or equal to 0", "-1"]),
+        ({"boosting": {"method": "forest"}}, ["'boosting.method'", "'ridge' or 'train'"]),
+        ({"boosting": {"regularization": 0.0}}, ["'boosting.regularization'"]),
+        ({"boosting": {"regularisation": "auto"}}, ["unknown key 'boosting.regularisation'", "'regularization'"]),
+        ({"boosting": {"train_steps": 0}}, ["'boosting.train_steps'", "greater than or equal to 1"]),
     ],
 )
 def test_wrong_keys_and_values_are_named(tmp_path, changes, words):

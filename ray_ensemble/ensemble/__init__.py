@@ -3,14 +3,27 @@
 from ray_ensemble.ensemble.merge import merge_adapters
 from ray_ensemble.ensemble.prediction import Predictor, read_rows
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
-from ray_ensemble.ensemble.weights import combine, fit_weights
+from ray_ensemble.ensemble.weights import (
+    best_step,
+    booster_scores,
+    boosters_of,
+    combine,
+    fit_step_size,
+    fit_weights,
+    label_losses,
+)
 
 __all__ = [
     "Predictor",
     "ScoreRequest",
     "Scored",
+    "best_step",
+    "booster_scores",
+    "boosters_of",
     "combine",
+    "fit_step_size",
     "fit_weights",
+    "label_losses",
     "merge_adapters",
     "read_rows",
     "score_all",

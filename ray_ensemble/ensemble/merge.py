@@ -19,6 +19,9 @@ def merge_adapters(folders: Sequence[Path], weights: Sequence[float], target: Pa
     The combination of updates is exact for plain LoRA of any ranks and alphas (PEFT calls it "cat"). That the merged model
     behaves as the ensemble of scores holds to first order only, so evaluation measures the difference.
 
+    A booster counts by its difference from the start, s_b − s_θ₀: its weight is η, and θ₀'s is −η for each booster. At a fresh
+    start θ₀ adds nothing and can be left out.
+
     Args:
         folders: saved adapters of one base and the same target modules.
         weights: one for each; adapters of weight zero are left out.
@@ -27,7 +30,7 @@ def merge_adapters(folders: Sequence[Path], weights: Sequence[float], target: Pa
     Raises:
         InputError: the adapters do not fit together or are not plain LoRA.
     """
-    used = [(Path(folder), weight) for folder, weight in zip(folders, weights, strict=True) if weight > 0]
+    used = [(Path(folder), weight) for folder, weight in zip(folders, weights, strict=True) if weight != 0]
     if not used:
         raise InputError(f"{target}: nothing to merge, every weight is zero")
     configs = [read_json(folder / "adapter_config.json", "adapter configuration") for folder, _ in used]

@@ -1,4 +1,4 @@
-"""Predictions of a finished run's ensemble, in this process: one base, the dataset's adapters one after the other."""
+"""Predictions of a finished run's ensemble, in this process: one base, a dataset's adapters one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from ray_ensemble.config import load_config
 from ray_ensemble.ensemble.scoring import ScoreRequest, ScoringReplica
-from ray_ensemble.ensemble.weights import combine
+from ray_ensemble.ensemble.weights import booster_scores, boosters_of, combine
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
 from ray_ensemble.gradients import ReplicaSpec
@@ -43,6 +43,9 @@ class Predictor:
         weights = np.array(ensemble["weights"][task])
         self._adapters = [self._folder / "adapters" / name for name in np.array(ensemble["adapters"])[weights > 0]]
         self._weights = weights[weights > 0]
+        boosters, self._step = boosters_of(ensemble["boosting"], task)
+        self._boosters = [self._folder / "boosters" / name for name in boosters]
+        self._start = self._folder / "start" if self._config.gradients.start == "meta" else None
         quiet_libraries()
         self._tokenizer = load_tokenizer(materialise(self._config.model.source))
         spec = ReplicaSpec(
@@ -72,9 +75,15 @@ class Predictor:
         splits: dict[Split, tuple[Example, ...]] = {"train": (), "validation": (), "test": examples}
         task = Task(self._task["name"], self._task["prompt"], labels, splits)
         encoded = encode_task(task, self._tokenizer, self._config.limits.max_tokens, self._config.model.chat)
-        requests = [ScoreRequest(adapter, encoded, encoded["test"]) for adapter in self._adapters]
-        scores = np.stack([self._replica.score(request)["scores"] for request in requests])
-        probabilities = softmax(combine(scores, self._weights), axis=1)
+
+        def scores_of(adapter: Path | None) -> Any:
+            return self._replica.score(ScoreRequest(adapter, encoded, encoded["test"]))["scores"]
+
+        scores = combine(np.stack([scores_of(adapter) for adapter in self._adapters]), self._weights)
+        if self._boosters:
+            boosters = np.stack([scores_of(adapter) for adapter in self._boosters])
+            scores = scores + self._step * booster_scores(boosters, scores_of(self._start))
+        probabilities = softmax(scores, axis=1)
         return [
             {
                 "label": labels[int(row.argmax())],

@@ -10,7 +10,12 @@ from numpy.typing import NDArray
 
 from ray_ensemble.evaluation.metrics import bootstrap_interval, losses_and_hits, metric, paired_difference
 
-_COMPARED = (("ensemble", "qlora_all"), ("group", "qlora_all"), ("merged", "ensemble"))
+_COMPARED = (
+    ("ensemble", "qlora_all"),
+    ("group", "qlora_all"),
+    ("merged", "ensemble"),
+    ("ensemble", "ensemble_unboosted"),
+)
 
 
 def summarise(
@@ -35,6 +40,8 @@ def summarise(
         mean[model]["accuracy_interval"] = bootstrap_interval([hits for _, hits in values], seed)
     paired = {}
     for ours, other in _COMPARED:
+        if other not in models:
+            continue
         pair = {}
         for place, what in enumerate(("loss", "accuracy")):
             a = [losses_and_hits(outputs[name][ours], labels[name])[place] for name in outputs]

@@ -118,19 +118,27 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
 
 def lift(model: PeftModel, batches: Sequence[tuple[Batch, Tensor]]) -> Delta:
     """Σ_x Σ_k shares_xk ∇(s_y − s_k) over the examples of all batches, at the model's present weights."""
+    return lift_with_scores(model, batches)[0]
+
+
+def lift_with_scores(model: PeftModel, batches: Sequence[tuple[Batch, Tensor]]) -> tuple[Delta, list[Tensor]]:
+    """The same, and the label scores (N, K) of each batch, which the pass computes anyway."""
     parameters = lora_parameters(model)
+    scores = []
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     try:
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         for batch, shares in batches:
-            value = (shares * _differences(label_scores(model, batch), batch.labels, shares.shape[1])).sum()
+            found = label_scores(model, batch)
+            value = (shares * _differences(found, batch.labels, shares.shape[1])).sum()
             for name, gradient in zip(total, torch.autograd.grad(value, list(parameters.values())), strict=True):
                 total[name] += gradient
+            scores.append(found.detach())
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-    return total
+    return total, scores
 
 
 def _differences(scores: Tensor, labels: Tensor, columns: int) -> Tensor:

@@ -217,6 +217,34 @@ def ratio_parts(data: RunData) -> list[str]:
     return [f"{part.name} {share(part.flops / reference)}" for part in flops_parts(data)]
 
 
+@dataclass(frozen=True)
+class BoostingStep:
+    """One boosting step: losses of its group before and after (empty where it was not tried), and step sizes by task."""
+
+    adapter: str
+    group: str
+    kept: bool
+    training: tuple[float | None, float | None]
+    validation: tuple[float | None, float | None]
+    sizes: dict[str, float]
+
+
+def boosting_steps(data: RunData) -> list[BoostingStep]:
+    """The boosting steps of a run, in their order, those that were left out too."""
+    found = (data.ensemble.get("boosting") or {}).get("history") or []
+    return [
+        BoostingStep(
+            str(row["adapter"]),
+            data.group_name(int(row["group"])),
+            bool(row["kept"]),
+            tuple(row.get("train_loss") or (None, None)),
+            tuple(row.get("validation_loss") or (None, None)),
+            row.get("step_sizes") or {},
+        )
+        for row in found
+    ]
+
+
 def share(value: float) -> str:
     """A part of a ratio with two decimals; what is there but rounds to nothing is told from nothing."""
     return "<0.01" if 0 < value < 0.005 else number(value, 2)

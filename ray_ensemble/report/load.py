@@ -25,6 +25,7 @@ VARIANTS = {
     "qlora_all": "one QLoRA on all",
     "group": "own group's adapter",
     "ensemble": "ensemble",
+    "ensemble_unboosted": "ensemble without boosting",
     "merged": "ensemble merged",
 }
 RIVALS = ("base", "qlora_all", "ensemble")

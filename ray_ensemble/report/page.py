@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ray_ensemble.report import facts
 from ray_ensemble.report.facts import MEASURES, change, compact, measured, number, plain, span
@@ -76,7 +75,8 @@ def _tiles(data: RunData) -> Html:
 
 def _result(data: RunData, figures: Figures) -> Html:
     variants = data.variants()
-    absent = [VARIANTS[name] for name in VARIANTS if name not in variants]
+    expected = [name for name in VARIANTS if name != "ensemble_unboosted" or data.config.boosting.steps]
+    absent = [VARIANTS[name] for name in expected if name not in variants]
     parts: list[object] = [_table(data, [name for name in variants if name in RIVALS])]
     relatives = [name for name in variants if name not in RIVALS]
     if relatives:
@@ -269,10 +269,28 @@ def _weights(data: RunData) -> Html:
         parts.append(paragraph(f"A row holds the weight of each adapter in that dataset's score; {origin}."))
     else:
         parts.append(paragraph("ensemble.json holds no weights.", class_="note"))
-    boosting: Any = data.ensemble.get("boosting")
-    text = compact(boosting) if boosting else "no boosting steps"
-    parts.append(paragraph(f"Boosting: {text}."))
-    return section("Weights of the ensemble", *parts)
+    return section("Weights of the ensemble", *parts, *_boosting(data))
+
+
+def _boosting(data: RunData) -> list[Html]:
+    """What each boosting step did to its group's losses."""
+    steps = facts.boosting_steps(data)
+    if not steps:
+        return [paragraph("There were no boosting steps.")]
+    head = ["booster", "group", "training loss", "→", "validation loss", "→", "step sizes"]
+    rows: list[list[object]] = []
+    for step in steps:
+        losses = [number(value, 3) for value in (*step.training, *step.validation)]
+        sizes = ", ".join(f"{plain(task)} {number(value, 2)}" for task, value in step.sizes.items())
+        rows.append(
+            [plain(step.adapter + ("" if step.kept else " (left out)")), plain(step.group), *losses, sizes or "–"]
+        )
+    stopped = (data.ensemble.get("boosting") or {}).get("stopped")
+    text = (
+        "A booster adds its step size times (its score − the score at the adapters' common start) to the scores of its group's "
+        f"datasets; a step size of 0 leaves it out.{f' Boosting ended: {plain(stopped)}.' if stopped else ''}"
+    )
+    return [element("h3", "Boosting"), table(head, rows, text=2), paragraph(text)]
 
 
 def _cost(data: RunData, figures: Figures) -> Html:

@@ -29,7 +29,7 @@ def terminal_summary(folder: Path) -> Group:
         InputError: a file of a finished run is missing or damaged; it is named.
     """
     data = load_run(folder)
-    parts = [_Results(data), *_differences(data), *_partition(data), *_cost(data), _path(folder)]
+    parts = [_Results(data), *_differences(data), *_partition(data), *_boosting(data), *_cost(data), _path(folder)]
     return Group(*parts)
 
 
@@ -123,6 +123,19 @@ def _partition(data: RunData) -> list[RenderableType]:
         rows.append((plain(data.group_name(index), WIDTH), f"{names}{more}"))
     title = f"Partition into {facts.count(len(data.groups), 'group')} (method {plain(found.get('method', 'unknown'))}{about})"
     return _block(title, rows)
+
+
+def _boosting(data: RunData) -> list[RenderableType]:
+    rows = []
+    for step in facts.boosting_steps(data):
+        losses = [
+            f"{name} loss {number(before)} → {number(after)}"
+            for name, (before, after) in (("training", step.training), ("validation", step.validation))
+        ]
+        used = sum(size > 0 for size in step.sizes.values())
+        outcome = f"used by {used} of {facts.count(len(step.sizes), 'dataset')}" if step.kept else "left out"
+        rows.append((plain(step.adapter, WIDTH), f"{plain(step.group, WIDTH)}: {', '.join(losses)}; {outcome}"))
+    return _block("Boosting", rows) if rows else []
 
 
 def _cost(data: RunData) -> list[RenderableType]:

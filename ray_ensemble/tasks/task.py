@@ -35,11 +35,15 @@ class Task:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A rendered example as token ids; `truncated` tells that fields were shortened to fit `limits.max_tokens`."""
+    """A rendered example as token ids; `truncated` tells that fields were shortened to fit `limits.max_tokens`.
+
+    `offsets` (K), where there are any, are added to the label scores before training takes its loss of them.
+    """
 
     prompt_ids: tuple[int, ...]
     label: int
     truncated: bool
+    offsets: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,5 +61,6 @@ class EncodedTask:
 
 
 def split_hash(task: EncodedTask, examples: Sequence[EncodedExample]) -> str:
-    """SHA-256 of what a model is shown of `examples`: token ids of prompts and label words, and the right labels."""
-    return sha256_json([[[list(e.prompt_ids), e.label] for e in examples], [list(ids) for ids in task.label_ids]])
+    """SHA-256 of what a model is shown of `examples`: token ids of prompts and label words, right labels, offsets if any."""
+    shown = [[list(e.prompt_ids), e.label, *([list(e.offsets)] if e.offsets else [])] for e in examples]
+    return sha256_json([shown, [list(ids) for ids in task.label_ids]])

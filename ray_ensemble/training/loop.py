@@ -243,7 +243,11 @@ class Loop:
         inputs = model_inputs(self.model, batch)
         with self._autocast():
             logits = self._forward(**inputs, logits_to_keep=batch.keep).logits  # (N, keep, V)
-        return score_loss(scores_of_logits(logits, batch), batch.labels)
+        scores = scores_of_logits(logits, batch)
+        if any(row.example.offsets for row in rows):
+            offsets = [(*row.example.offsets, *[0.0] * (classes - len(row.example.offsets))) for row in rows]
+            scores = scores + torch.tensor(offsets, device=scores.device)
+        return score_loss(scores, batch.labels)
 
     def _evaluate(self, rows: Sequence[BatchRow], step: int) -> tuple[list[float], int]:
         """Losses of `rows`, all of one learner, without dropout or gradient; and the tokens that were read."""

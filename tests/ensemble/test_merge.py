@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ray_ensemble.config import AdapterConfig
 from ray_ensemble.ensemble.merge import merge_adapters
@@ -84,3 +84,37 @@ def test_what_is_not_plain_lora_is_refused(tiny_model, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
     with pytest.raises(InputError, match="plain LoRA"):
         merge_adapters([folder], [1.0], tmp_path / "merged")
+
+
+def test_a_booster_counts_by_its_difference_from_a_warm_start(tiny_model, tmp_path):
+    """Near the start the merged model's change is that of the ensemble with its booster; twice as near, four times nearer."""
+    start = trained(tiny_model, tmp_path / "start", 4, 32, 1)
+    gaps = []
+    for scale in (1e-3, 5e-4):
+        folders = [
+            moved(start, tmp_path / f"{name}-{scale}", scale, seed) for seed, name in enumerate(("group", "booster"))
+        ]
+        merge_adapters([*folders, start], [1.0, 3.0, -3.0], tmp_path / f"merged-{scale}")
+        names = {"start": start, "group": folders[0], "booster": folders[1], "merged": tmp_path / f"merged-{scale}"}
+        model = attach_adapters(load_base(tiny_model, "none", CPU).double(), names)
+        model.double()
+        ids = torch.randint(10, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+        logits = {}
+        for name in names:
+            model.set_adapter(name)
+            with torch.no_grad():
+                logits[name] = model(input_ids=ids).logits
+        ensemble = logits["group"] + 3.0 * (logits["booster"] - logits["start"])
+        gaps.append(float((logits["merged"] - ensemble).abs().max()))
+        assert gaps[-1] < 0.1 * float((ensemble - logits["start"]).abs().max())
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+def moved(start: Path, folder: Path, scale: float, seed: int) -> Path:
+    tensors = load_file(start / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    changed = {name: value + scale * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+    save_file(changed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_bytes((start / "adapter_config.json").read_bytes())
+    return folder

@@ -166,6 +166,31 @@ def make_run(folder, groups=GROUPS, labels=LABELS, n=60):
     return folder
 
 
+BOOSTING = {
+    "steps": 3,
+    "adapters": ["booster-0"],
+    "boosters": {"sst2": ["booster-0"]},
+    "step_sizes": {"sst2": 1.25},
+    "history": [
+        {
+            "adapter": "booster-0", "group": 0, "kept": True, "step_sizes": {"sst2": 1.25, "cr": 0.0},
+            "train_loss": [0.9134, 0.7521], "validation_loss": [0.8871, 0.8412],
+        },
+        {"adapter": "booster-1", "group": 1, "kept": False},
+    ],
+    "stopped": "to first order no booster lowers the validation loss of group 1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def boosted_folder(run_of):
+    """A finished run folder with one booster kept and one given up."""
+    folder = run_of()
+    ensemble = json.loads((folder / "ensemble.json").read_text())
+    write(folder / "ensemble.json", {**ensemble, "boosting": BOOSTING})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory):
     """`run_of(groups=…, labels=…, n=…)`: a new finished run folder without its report."""

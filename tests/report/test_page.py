@@ -227,3 +227,11 @@ def test_markup_escapes_everything_but_itself():
     assert element("p", "<b>", element("b", "&"), title='"') == '<p title="&quot;">&lt;b&gt;<b>&amp;</b></p>'
     assert isinstance(table(["<"], [["<td>"]]), Html)
     assert "&lt;td&gt;" in table(["<"], [["<td>"]])
+
+
+def test_boosting_steps_are_told_those_that_failed_too(boosted_folder, html):
+    text = Page(write_report(boosted_folder).read_text(encoding="utf-8")).text
+    assert "booster-0 group-0 0.913 0.752 0.887 0.841 sst2 1.25, cr 0.00" in text
+    assert "booster-1 (left out) group-1 – – – – –" in text
+    assert "Boosting ended: to first order no booster lowers the validation loss of group 1." in text
+    assert "There were no boosting steps." in Page(html).text

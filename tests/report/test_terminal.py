@@ -87,3 +87,12 @@ def test_a_run_that_is_not_finished_is_refused_by_name(run_folder):
     (run_folder / "metrics.json").unlink()
     with pytest.raises(InputError, match=r"metrics\.json"):
         terminal_summary(run_folder)
+
+
+def test_boosting_steps_are_one_line_each(boosted_folder, run_folder):
+    text = " ".join(printed(boosted_folder, 200).split())
+    assert (
+        "booster-0 group-0: training loss 0.913 → 0.752, validation loss 0.887 → 0.841; used by 1 of 2 datasets" in text
+    )
+    assert "booster-1 group-1: training loss – → –, validation loss – → –; left out" in text
+    assert "Boosting" not in printed(run_folder)

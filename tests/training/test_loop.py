@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ray_ensemble.models import (
     make_batch,
     score_loss,
 )
-from ray_ensemble.tasks import EncodedTask, encode_task, load_tasks
+from ray_ensemble.tasks import EncodedTask, encode_task, load_tasks, split_hash
 from ray_ensemble.training import learning_rate, sample_batch, train_adapter
 from ray_ensemble.training.optimiser import make_optimiser, moments, paged_adamw, set_moments
 
@@ -293,3 +294,30 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[-1] == pytest.approx(1 / 75)
     cosine = config.model_copy(update={"schedule": "cosine"})
     assert learning_rate(25 + 75 // 2, 100, cosine) == pytest.approx(0.5, abs=0.02)
+
+
+def test_offsets_are_added_to_the_scores_and_part_of_the_data(tiny_model, tasks, tmp_path):
+    """Of several tasks with different numbers of labels, only the examples that have offsets lose by them."""
+    start = fresh(tiny_model, tmp_path)
+    offsets = {
+        task.name: np.random.default_rng(1).normal(size=(len(task["train"]), len(task.labels))) for task in tasks
+    }
+    changed = [
+        replace(task, splits={**task.splits, "train": tuple(
+            replace(e, offsets=tuple(row)) for e, row in zip(task["train"], offsets[task.name].tolist(), strict=True)
+        )}) if task is not tasks[0] else task
+        for task in tasks
+    ]  # fmt: skip
+    _, rows, _ = train(tiny_model, start, changed, steps=1)
+    pool = [(task, i) for task in tasks for i in range(len(task["train"]))]
+    base = attach_adapters(load_base(tiny_model, "none", CPU), {"default": start})
+    losses = []
+    for at in sample_batch(0, len(pool), CONFIG.batch_size, 3):
+        task, i = pool[at]
+        one = make_batch([task["train"][i]], [LabelTree.of(task.label_ids)], len(task.labels), 0, CPU)
+        added = torch.tensor(offsets[task.name][i]) * (task is not tasks[0])
+        with torch.no_grad():
+            losses.append(float(score_loss(label_scores(base, one) + added, one.labels)))
+    assert rows[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    hashes = [split_hash(task, task["train"]) for task in (*tasks, *changed)]
+    assert len(set(hashes)) == 2 * len(tasks) - 1
