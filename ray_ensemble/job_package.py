@@ -25,14 +25,16 @@ _SHOWN = 5  # of the largest files, where a package is too large
 
 @dataclass(frozen=True)
 class JobPackage:
-    """A packed job: the job file, its data below `inputs/`, and what of this machine went into it.
+    """A packed job: the job file, and its data below `inputs/`.
 
-    `digest` is the hash of names and contents of the data, or None where none are packed.
+    `digest` is the hash of names and contents of the data, or None where none are packed; `packed` are the files and folders of
+    this machine that were, `remote` the sources that are taken as paths on the cluster.
     """
 
     folder: Path
     digest: str | None
-    packed: tuple[Path, ...]
+    packed: tuple[Path, ...] = ()
+    remote: tuple[str, ...] = ()
 
     @property
     def job(self) -> Path:
@@ -79,7 +81,9 @@ def pack_job(job: str | Path, overrides: Sequence[str], folder: Path) -> JobPack
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    package = JobPackage(folder, _digest(folder, list(files)), tuple(places))
+    sources = [model.source, *(task.source for task in tasks)]
+    remote = tuple(source for source in sources if source.removeprefix("hf:").startswith("/"))
+    package = JobPackage(folder, _digest(folder, list(files)), tuple(places), remote)
     write_text(package.job, dump_config(config.model_copy(update={"model": model, "tasks": tasks})))
     return package
 

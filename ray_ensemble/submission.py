@@ -28,12 +28,32 @@ from typing import Any
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import sha256_json
 from ray_ensemble.job_package import JobPackage, pack_job, unpack_wheel
+from ray_ensemble.progress import console
 from ray_ensemble.submitted import arguments_for
 
 _OUTPUT = "ray_ensemble_output"  # the key of a job's metadata that says where it writes
 _LOST_SECONDS = 60.0  # without a word from the job server before following ends
 _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET_LENGTH = 8
+
+
+class LogReader:
+    """What is new in a log that comes from its start again after every loss of the connection."""
+
+    def __init__(self) -> None:
+        self._read = self._known = 0
+
+    def restart(self) -> None:
+        """The next text is the log's beginning."""
+        self._read = 0
+
+    def new(self, text: str) -> str:
+        """What of the log's next piece was not there before."""
+        known = min(max(self._known - self._read, 0), len(text))
+        self._read += len(text)
+        self._known = max(self._known, self._read)
+        return text[known:]
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,8 @@ class Submission:
 
         Raises:
             InputError: as for `status`.
-            RunError: the job was cancelled, or it never ran, or its job server has been silent for a minute.
+            RunError: the job was cancelled, or its command has no exit code because it never ran or its node was lost, or the
+                job server has been silent for a minute.
         """
         client = _client(self.address)
         details = self._details(client)
@@ -65,7 +86,7 @@ class Submission:
         if details.status == "STOPPED":
             raise RunError(f"{self.id} was cancelled")
         if details.driver_exit_code is None:
-            raise RunError(f"{self.id} ended without having run: {details.message}")
+            raise RunError(f"{self.id} failed: {details.message}")
         code = int(details.driver_exit_code)
         return code if code >= 0 else 128 - code
 
@@ -88,20 +109,16 @@ class Submission:
                 raise InputError(f"--address {self.address}: no job {self.id} there ({error})") from None
 
     async def _tail(self, client: Any, write: Callable[[str], object]) -> None:
-        """Write the log. The server begins at its start after every loss of the connection, so what is known is skipped."""
         import aiohttp
 
-        written, heard = 0, time.monotonic()
+        log, heard = LogReader(), time.monotonic()
         while True:
-            seen = 0
+            log.restart()
             try:
                 async for text in client.tail_job_logs(self.id):
-                    seen += len(text)
+                    write(log.new(text))
+                    sys.stdout.flush()
                     heard = time.monotonic()
-                    if seen > written:
-                        write(text[len(text) - (seen - written) :])
-                        sys.stdout.flush()
-                        written = seen
                 if client.get_job_info(self.id).status.is_terminal():
                     return
                 heard = time.monotonic()
@@ -152,6 +169,10 @@ def submit(
         folder = Path(temporary, "job")
         folder.mkdir()
         package = pack_job(job, overrides, folder)
+        for path in package.packed:
+            console.print(f"{path}: sent with the job", markup=False, soft_wrap=True)
+        for source in package.remote:
+            console.print(f"{source}: taken as a path on the cluster", markup=False, soft_wrap=True)
         modules = unpack_wheel(wheel, Path(temporary, "wheel")) if wheel is not None else None
         client = _client(address)
         with _answering(address):
@@ -193,12 +214,12 @@ def _checked_output(output: str) -> str:
 
 
 def _refuse_values(names: Sequence[str]) -> None:
-    for name in names:
-        if not _NAME.fullmatch(name):
-            shown = name.partition("=")[0]
+    """Take names of variables only: no `NAME=value`, and no value, which is what a shell makes of `--env $NAME`."""
+    for given in names:
+        if not _NAME.fullmatch(given) or (len(given) >= _SECRET_LENGTH and given in os.environ.values()):
             raise InputError(
-                f"--env {shown}{'=…' if '=' in name else ''}: give only the name of a variable that the cluster's nodes have; "
-                "a value would be shown to whoever can list jobs (docs/security.md tells how to give nodes a secret)"
+                "--env: give only the name of a variable that the cluster's nodes have set, such as --env HF_TOKEN; a value "
+                "would be shown to whoever can list jobs (docs/security.md tells how to give nodes a secret)"
             )
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--redo", action="store_true")
     options = parser.parse_args(arguments)
-    package = JobPackage(Path.cwd(), options.inputs, ())
+    package = JobPackage(Path.cwd(), options.inputs)
     try:
         missing = [name for name in options.env if not os.environ.get(name)]
         if missing:

@@ -66,6 +66,9 @@ def test_relative_sources_are_sent_and_all_others_stay(job, tmp_path):
         "hf:./inputs/3/saved",
         "hf:aps/super_glue",
     ]
+    assert package.remote == (str(tmp_path / "shared" / "phones"),)
+    home = job.parent
+    assert package.packed == (home / "model", home / "data" / "films", tmp_path / "above", home / "saved")
     splits = [f"{split}.jsonl" for split in ("train", "validation", "test")]
     assert sent(package.folder) == {
         "job.yaml",
