@@ -7,8 +7,9 @@ from ray_ensemble.version import __version__
 
 if TYPE_CHECKING:
     from ray_ensemble.pipeline import Job, RunResult
+    from ray_ensemble.submission import submit
 
-__all__ = ["InputError", "Job", "RunError", "RunResult", "__version__"]
+__all__ = ["InputError", "Job", "RunError", "RunResult", "__version__", "submit"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from ray_ensemble import pipeline
 
         return getattr(pipeline, name)
+    if name == "submit":
+        from ray_ensemble.submission import submit
+
+        return submit
     raise AttributeError(f"module 'ray_ensemble' has no attribute '{name}'")

@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(options: argparse.Namespace) -> int:
-    if options.verb == "predict":
-        return _predict(options)
+    if options.verb in _OTHERS:
+        return _OTHERS[options.verb](options)
     from ray_ensemble.pipeline import Job
 
     job = Job.from_yaml(options.job, options.set)
@@ -92,6 +92,51 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
+def _submit(options: argparse.Namespace) -> int:
+    from ray_ensemble.submission import Submission, submit
+
+    if [options.job, options.attach, options.cancel].count(None) != 2:
+        raise InputError("submit: give a job file, or --attach ID, or --cancel ID")
+    if options.cancel is not None:
+        stopped = Submission(options.address, options.cancel).cancel()
+        print(f"{options.cancel}: {'cancelled' if stopped else 'had ended before'}")
+        return 0
+    if options.attach is not None:
+        submission = Submission(options.address, options.attach)
+    else:
+        if options.output is None:
+            raise InputError("submit: --output is needed, an absolute path that every node of the cluster sees")
+        submission = submit(
+            options.job,
+            address=options.address,
+            output=options.output,
+            overrides=options.set,
+            wheel=options.wheel,
+            environment=options.env,
+            redo=options.redo,
+        )
+        print(f"submitted {submission.id}", flush=True)
+    if not options.follow:
+        print(submission.hint())
+        return 0
+    try:
+        return submission.follow()
+    except KeyboardInterrupt:
+        print(f"\n{submission.id} goes on; {submission.hint()}", file=sys.stderr)
+        return 130
+
+
+def _status(options: argparse.Namespace) -> int:
+    from ray_ensemble.status import run_status, status_text
+
+    found = run_status(options.run)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if options.json else status_text(found))
+    return 0
+
+
+_OTHERS = {"predict": _predict, "submit": _submit, "status": _status}
+
+
 def _print(*renderables: Any) -> None:
     from rich.console import Console
 
@@ -129,6 +174,33 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("run", help="the run folder")
     predict.add_argument("--task", required=True, help="the dataset whose prompt, labels and weights to use")
     predict.add_argument("--input", default=None, help="a JSONL file of fields (default: standard input)")
+    submit = verbs.add_parser("submit", help="run a job on a Ray cluster elsewhere, by its job server")
+    submit.add_argument("job", nargs="?", default=None, help="the job file; data at relative paths are sent with it")
+    submit.add_argument("--address", required=True, help="the job server, such as http://127.0.0.1:8265")
+    submit.add_argument("--output", "-o", default=None, help="the run folder, an absolute path that every node sees")
+    submit.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value of the job file"
+    )
+    submit.add_argument("--redo", action="store_true", help="as for run")
+    submit.add_argument("--wheel", default=None, help="a wheel of ray_ensemble for a cluster that does not have it")
+    submit.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a variable that the cluster must have set (no value)",
+    )
+    submit.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="show the log until the job ends (default)",
+    )
+    submit.add_argument("--attach", default=None, metavar="ID", help="follow a job that was submitted before")
+    submit.add_argument("--cancel", default=None, metavar="ID", help="stop a job")
+    status = verbs.add_parser("status", help="how far a run is, from the files of its folder")
+    status.add_argument("run", help="the run folder")
+    status.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
