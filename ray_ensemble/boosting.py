@@ -252,7 +252,7 @@ class _Boosting:
             [data.features for data in datasets],
             wanted,
             self.sampling,
-            lambda beta: [losses for _, losses in _promise(datasets, beta, factor)],
+            lambda beta: float(np.mean([loss for _, loss in _promise(datasets, beta, factor)])),
             None if chosen == "auto" else chosen,
         )
 
@@ -324,13 +324,13 @@ def _offset(data: _Dataset, start: NDArray[np.float32]) -> tuple[EncodedExample,
     )
 
 
-def _promise(datasets: Sequence[_Dataset], beta: Scores, factor: float) -> list[tuple[float, Scores]]:
-    """Step size and validation losses (V,) of each dataset to first order, if factor·β is added to what boosts it already."""
+def _promise(datasets: Sequence[_Dataset], beta: Scores, factor: float) -> list[tuple[float, float]]:
+    """Step size and validation loss of each dataset to first order, if factor·β is added to what boosts it already."""
     found = []
     for data in datasets:
         labels = data.features.validation_labels
         validation, train = data.linear(factor * beta)
         direction = data.added + validation
         step = data.step_size(direction, data.train_added + train)
-        found.append((step, label_losses(data.scores + step * direction, labels)))
+        found.append((step, float(label_losses(data.scores + step * direction, labels).mean())))
     return found

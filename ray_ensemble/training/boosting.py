@@ -75,7 +75,7 @@ def fit_residual(
     features: Sequence[TaskFeatures],
     residual: Sequence[NDArray[np.float64]],
     sampling: Sampling,
-    judge: Callable[[Vector], Sequence[FloatArray]],
+    judge: Callable[[Vector], float],
     regularization: float | None = None,
 ) -> ResidualFit:
     """Ridge regression of a group's residual on its projected gradients.
@@ -84,10 +84,9 @@ def fit_residual(
         features: of the group's members; M training rows in all, R an example.
         residual: (N, R) of each member's training examples.
         sampling: gives the examples' weights (`training.sampling`).
-        judge: the losses that a β promises: of each member's validation examples to first order.
-        regularization: λ > 0; by default chosen on a logarithmic grid about the mean squared norm of the gradients: the smallest
-            whose promised loss (mean over members) is within one standard error of the least and keeps half of the gain. Smaller
-            than the least's, since the projection's noise, which counts against small λ most, is not in the lifted step.
+        judge: the loss that a β promises, such as that of validation data to first order.
+        regularization: λ > 0; by default that of a logarithmic grid about the mean squared norm of the gradients with the least
+            loss, the larger one of equals.
 
     Returns:
         The fit.
@@ -104,17 +103,9 @@ def fit_residual(
         (value, (sigma / (sigma**2 + value) * along) @ right)
         for value in ([regularization] if regularization is not None else regularization_grid(features))
     ]
-    promised = [judge(beta) for _, beta in fits]
-    judged = [mean_loss(losses) for losses in promised]
+    judged = [judge(beta) for _, beta in fits]
     best = int(np.argmin(judged))
-    gain = mean_loss(judge(np.zeros(rows.shape[1]))) - judged[best]
-    near = [
-        place
-        for place in range(best, len(fits))
-        if judged[place] - judged[best] <= min(_error(promised[place], promised[best]), gain / 2)
-    ]
-    at = near[-1] if near else best
-    chosen, beta = fits[at]
+    chosen, beta = fits[best]
     # (w r − w φβ)/λ: the root of the weight is in both terms once already
     shares = root * (target - root * (rows @ beta)) / chosen
     firsts = [*first_rows(features, members), len(rows)]
@@ -126,15 +117,4 @@ def fit_residual(
     # A thin singular value decomposition: 6Md² + 20d³ at M ≥ d (Golub and Van Loan, section 8.6), and the products
     few, many = sorted((count, dim))
     flops = 6 * many * few**2 + 20 * few**3 + 2 * (len(fits) * few * dim + count * (few + dim))
-    return ResidualFit(beta, chosen, judged[at], split, flops)
-
-
-def mean_loss(losses: Sequence[FloatArray]) -> float:
-    """Mean over datasets of the mean over their examples."""
-    return float(np.mean([own.mean() for own in losses]))
-
-
-def _error(losses: Sequence[FloatArray], others: Sequence[FloatArray]) -> float:
-    """Standard error of the difference of two `mean_loss` of the same examples."""
-    differences = [own - other for own, other in zip(losses, others, strict=True)]
-    return float(np.sqrt(sum(d.var() / len(d) for d in differences))) / len(differences)
+    return ResidualFit(beta, chosen, judged[best], split, flops)

@@ -70,9 +70,7 @@ def test_a_lifted_booster_is_its_fit(start, tiny_model, encoded, name, tmp_path)
         name, rows, margins, np.zeros((2, classes)), np.zeros((2, classes, map_.dim)), np.zeros(2, int), starts
     )
     residual = np.random.default_rng(0).random((count, classes - 1))
-    fit = fit_residual(
-        [features], [residual], "examples", lambda _: [np.zeros(2)], float(np.square(rows).sum(1).mean()) * 0.1
-    )
+    fit = fit_residual([features], [residual], "examples", lambda _: 0.0, float(np.square(rows).sum(1).mean()) * 0.1)
 
     delta, scores = lifted(tiny_model, folder, task, fit.shares[0])
     flat = np.concatenate([delta[key].numpy().ravel() for key in parameters])

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from ray_ensemble.estimator import TaskFeatures, pairwise_margins
-from ray_ensemble.estimator.budget import regularization_grid
 from ray_ensemble.training.boosting import fit_residual, group_loss, residuals, worst_group
 
 DIM = 12
 
 
-def flat(beta: np.ndarray) -> list[np.ndarray]:
-    return [np.zeros(2)]
+def flat(beta: np.ndarray) -> float:
+    return 1.0
 
 
 def task(seed: int, count: int, classes: int) -> TaskFeatures:
@@ -59,35 +58,15 @@ def test_ridge_is_least_squares_with_the_penalty_as_rows(sampling, counts):
     np.testing.assert_allclose(lifted, want, atol=1e-7, err_msg="the shares add the gradients up to the fit")
 
 
-def test_the_judge_chooses_the_smallest_penalty_within_its_standard_error():
-    features = [task(1, 40, 2), task(2, 30, 2)]
-    residual = [np.random.default_rng(0).random((f.examples, 1)) for f in features]
-    grid = regularization_grid(features)
-    norms = [np.linalg.norm(fit_residual(features, residual, "examples", flat, value).beta) for value in grid]
-
-    def judge(best: int, spread: float, gain: float = 9.0):
-        """Losses (2, 50) that rise by 0.01 a grid point on either side of `best`, with a spread, below those of no step."""
-        noise = np.random.default_rng(1).normal(size=(2, 50))
-        noise -= noise.mean(axis=1, keepdims=True)
-        noise /= noise.std(axis=1, keepdims=True)
-
-        def losses(beta):
-            if not beta.any():
-                return [np.full(50, 1.0 + gain)] * 2
-            place = int(np.argmin(np.abs(norms - np.linalg.norm(beta))))
-            return list(1.0 + 0.01 * abs(place - best) + spread * place * noise)
-
-        return losses
-
-    sharp = fit_residual(features, residual, "examples", judge(5, 0.0))
-    assert sharp.regularization == grid[5]
-    assert sharp.judged == pytest.approx(1.0)
-    # The difference over n points has a standard error of spread·n/√(50·2).
-    blurred = fit_residual(features, residual, "examples", judge(5, 0.11))
-    assert blurred.regularization == grid[-1], "0.011 n is more than 0.01 n everywhere"
-    assert fit_residual(features, residual, "examples", judge(5, 0.09)).regularization == grid[5]
-    # Half of the gain has to be kept.
-    assert fit_residual(features, residual, "examples", judge(5, 0.11, gain=0.065)).regularization == grid[8]
+def test_the_judge_chooses_along_a_grid():
+    features = [task(1, 40, 2)]
+    residual = [np.random.default_rng(0).random((40, 1))]
+    wanted = fit_residual(features, residual, "examples", flat, 2.5).beta
+    found = fit_residual(features, residual, "examples", lambda beta: float(np.square(beta - wanted).sum()))
+    others = [fit_residual(features, residual, "examples", flat, found.regularization * f) for f in (0.1, 10)]
+    assert all(np.square(found.beta - wanted).sum() < np.square(o.beta - wanted).sum() for o in others)
+    cautious = fit_residual(features, residual, "examples", flat)
+    assert np.linalg.norm(cautious.beta) < min(np.linalg.norm(o.beta) for o in others), "of equals the most cautious"
 
 
 def test_the_worst_group_is_that_of_highest_mean_loss():
