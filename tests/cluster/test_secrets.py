@@ -52,7 +52,17 @@ def test_a_whole_run_keeps_no_secret(whole_job, tmp_path):
     """In a process of its own, whose environment Ray takes over; what Ray and Tune leave is searched too."""
     environment = {**os.environ, **PLANTED}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "ray_ensemble.cli", "run", str(whole_job), "--output", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "ray_ensemble.cli",
+        "run",
+        str(whole_job),
+        "--output",
+        str(tmp_path / "run"),
+        "--set",
+        "training.pack=4",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     assert files_with(tmp_path / "run", PLANTED.values()) == []
