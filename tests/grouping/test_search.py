@@ -113,10 +113,10 @@ def test_fingerprint_sees_every_input(planted):
     assert fingerprint(planted_tasks(9, 3, train=60, validation=200, dim=40, seed=1)[0], job()) != same
 
 
-def living_actors() -> list[str]:
+def living_actors() -> set[str]:
     import ray
 
-    return [a["ActorID"] for a in ray._private.state.actors().values() if a["State"] not in ("DEAD",)]
+    return {a["ActorID"] for a in ray._private.state.actors().values() if a["State"] not in ("DEAD",)}
 
 
 @pytest.mark.ray
@@ -126,6 +126,7 @@ def test_search_finds_the_planted_groups_and_says_so(planted, ray_cluster, tmp_p
     from ray_ensemble.grouping import run_search
 
     tasks, membership = planted
+    before = living_actors()  # Ray Train leaves one in a cluster that it has been used in
     seen = []
     result = run_search(tasks, job(), tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert result.partition == from_labels(membership)
@@ -165,9 +166,9 @@ def test_search_finds_the_planted_groups_and_says_so(planted, ray_cluster, tmp_p
 
     assert all(group["state"] == "REMOVED" for group in placement_group_table().values())
     deadline = time.monotonic() + 10
-    while living_actors() and time.monotonic() < deadline:
+    while living_actors() - before and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert living_actors() == []
+    assert living_actors() <= before
 
 
 @pytest.mark.ray
