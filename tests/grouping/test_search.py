@@ -254,6 +254,7 @@ def test_a_killed_search_goes_on_to_the_same_partition(ray_cluster, tmp_path):
     assert (folder / "partition.json").read_bytes() == (tmp_path / "fresh" / "partition.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_several_regularisations_are_searched_and_the_lowest_objective_wins(planted, ray_cluster, tmp_path):
     from ray_ensemble.grouping import run_search
