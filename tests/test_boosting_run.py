@@ -63,7 +63,7 @@ def test_boosting_lowers_the_losses_that_it_says_it_lowers(ridge, unboosted):
         assert "ensemble_unboosted" not in models
         ours = metrics["tasks"][task]
         assert ours["ensemble_unboosted"] == models["ensemble"]
-        # Test data have no say in boosting, so whether it helps there is not for a test to ask; where there is no booster it cannot.
+        # Test data have no say in boosting, so whether it helps there is not for a test to ask.
         assert (ours["ensemble"] == ours["ensemble_unboosted"]) == (not boosting["boosters"].get(task))
     flops = metrics["flops"]
     parts = [flops[part] for part in ("gradients", "search", "groups", "boosting", "ensemble")]
