@@ -65,7 +65,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     pack: Pack = settings["pack"]
     folder, source = Path(settings["folder"]), settings["model"]
-    training = _within_memory(settings["training"], pack.folder(folder))
+    training = within_memory(settings["training"], pack.folder(folder))
     quiet_libraries()
     torch.set_num_threads(training.threads)
     started = time.monotonic()
@@ -214,7 +214,7 @@ def note_out_of_memory(checkpoints: Path) -> None:
     jsonl_appender(checkpoints / _MEMORY)({"killed": "out of memory"})
 
 
-def _within_memory(training: TrainingConfig, checkpoints: Path) -> TrainingConfig:
+def within_memory(training: TrainingConfig, checkpoints: Path) -> TrainingConfig:
     """The settings with micro-batches halved once for every time that a worker was killed for its memory."""
     file = checkpoints / _MEMORY
     kills = len(file.read_text().splitlines()) if file.exists() else 0

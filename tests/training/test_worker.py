@@ -1,0 +1,43 @@
+"""What a worker does about the fate of those before it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+
+from ray_ensemble.config import TrainingConfig
+from ray_ensemble.training.jobs import is_memory_kill
+from ray_ensemble.training.worker import note_out_of_memory, read_row, within_memory
+
+
+def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_path):
+    training = TrainingConfig(batch_tokens=600)
+    found = []
+    for _ in range(12):
+        found.append(within_memory(training, tmp_path / "checkpoints" / "job").batch_tokens)
+        note_out_of_memory(tmp_path / "checkpoints" / "job")
+    assert found[:5] == [600, 300, 150, 75, 37]
+    assert found[-1] == 1
+    assert within_memory(training, tmp_path / "checkpoints" / "other") == training
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (OutOfMemoryError("Task was killed"), True),
+        (RuntimeError("1 worker(s) were killed due to the node running low on memory. Memory was 23.1GB"), True),
+        (ActorDiedError(), False),
+        (RuntimeError("boom"), False),
+    ],
+)
+def test_kills_for_memory_are_told_from_other_deaths(error, wanted):
+    assert is_memory_kill(error) is wanted
+
+
+def test_a_row_that_a_kill_cut_off_is_no_row():
+    row = {"step": 3, "loss": 0.5}
+    line = json.dumps(row)
+    assert read_row(line) == row
+    assert all(read_row(line[:length]) is None for length in range(len(line)))
