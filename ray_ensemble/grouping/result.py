@@ -17,6 +17,7 @@ from ray_ensemble.grouping.fitlog import FitLog
 from ray_ensemble.grouping.harm import Harm, harmful
 from ray_ensemble.grouping.objective import objective, paired, task_values
 from ray_ensemble.grouping.partitions import Partition
+from ray_ensemble.grouping.unlearnt import Unlearnt, unlearnt
 
 Row = dict[str, Any]
 
@@ -35,7 +36,8 @@ class SearchResult:
     - `by_m` has a row for each number of groups, to plot: `m`, `trials`, best `search_objective`, `mean`, `std` and `worst`
       over trials, `objective` of the best, and on the search half `difference`, the objective of the best at this m minus
       that of the best of all, with its `standard_error`, paired over tasks;
-    - `harmful` names the tasks that every group is better without, the worst first (`harm.harmful`);
+    - `harmful` names the tasks that every group is better without, the worst first (`harm.harmful`), and `unlearnt`
+      those that training is not estimated to teach anything (`unlearnt.unlearnt`);
     - `fits` counts the distinct groups estimated and `flops` the operations of them, of reassignment and of the choice of λ,
       whether they were done in this call or before a stop; `seconds` are of this call,
       and `peak_memory_bytes` is the largest resident set of any one process, this one or a trial's.
@@ -56,6 +58,7 @@ class SearchResult:
     references: dict[str, dict[str, float]]
     by_m: tuple[dict[str, Any], ...]
     harmful: tuple[Harm, ...]
+    unlearnt: tuple[Unlearnt, ...]
     affinity: Affinity
     trials: int
     fits: int
@@ -82,6 +85,7 @@ class SearchResult:
             "references": self.references,
             "by_m": list(self.by_m),
             "harmful": [asdict(harm) for harm in self.harmful],
+            "unlearnt": [asdict(each) for each in self.unlearnt],
             "trials": self.trials,
             "fits": self.fits,
             "flops": self.flops,
@@ -132,6 +136,7 @@ def best_result(
         },
         by_m=by_m,
         harmful=harms,
+        unlearnt=unlearnt(estimator, partition),
         affinity=similarity,
         trials=len(table),
         fits=len(fits.known),

@@ -208,6 +208,7 @@ def _partition(data: RunData, figures: Figures) -> Html:
         table(["group", "datasets"], rows, text=2),
         paragraph(" ".join(about)),
         _harm(data),
+        _unlearnt(data),
         figures["affinity"],
         element("h3", "Choosing the number of groups"),
         note(data, "search"),
@@ -230,6 +231,21 @@ def _harm(data: RunData) -> Html:
     if not lines:
         return paragraph("No dataset was found to harm every group that it could join.", class_="muted")
     return join([element("h3", "Datasets that do harm"), bullets(lines)])
+
+
+def _unlearnt(data: RunData) -> Html:
+    """The datasets that no training is estimated to teach anything, by name."""
+    lines = [
+        f"{plain(each['task'])}: {number(each['gain'], sign=True)} ± {number(each['standard_error'])}"
+        for each in data.partition.get("unlearnt") or []
+    ]
+    if not lines:
+        return Html("")
+    about = (
+        "By the estimate their groups' training predicts these no better than the frequencies of their labels do (gain in nats "
+        "over that, with its standard error). Their labels may be wrong, the task too hard for this base, or the data too few to tell."
+    )
+    return join([element("h3", "Datasets that are not learnt"), paragraph(about), bullets(lines)])
 
 
 def _training(data: RunData, figures: Figures) -> Html:

@@ -1,4 +1,4 @@
-"""The end of `ray-ensemble search`: objective by number of groups, the groups, and who does harm."""
+"""The end of `ray-ensemble search`: objective by number of groups, the groups, who does harm, and who learns nothing."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def search_summary(folder: Path) -> Group:
         parts.append(Text(f"  group-{index}: {names}{more}"))
     harmful = partition.get("harmful") or []
     parts += [_harm(harm) for harm in harmful]
+    parts += [_unlearnt(each) for each in partition.get("unlearnt") or []]
     plot = folder / "plots" / "search.png"
     if plot.is_file():
         parts.append(Text(f"Plot: {plot}", overflow="fold"))
@@ -67,3 +68,10 @@ def _harm(harm: dict[str, Any]) -> Text:
     partners = count(int(harm["partners"]), "partner")
     effect, error = number(harm["effect"], DIGITS, sign=True), number(harm["standard_error"], DIGITS)
     return Text(f"  {plain(harm['task'], WIDTH)} harms what trains beside it: {effect} ± {error} over {partners}")
+
+
+def _unlearnt(each: dict[str, Any]) -> Text:
+    gain, error = number(each["gain"], DIGITS, sign=True), number(each["standard_error"], DIGITS)
+    return Text(
+        f"  {plain(each['task'], WIDTH)} is not predicted better than by its labels' frequencies: {gain} ± {error}"
+    )

@@ -127,6 +127,17 @@ def test_datasets_that_do_harm_are_named(run_of):
     assert "trec harms what trains beside it: joining their groups costs 7 other datasets 0.021 ± 0.004" in text
 
 
+def test_datasets_that_are_not_learnt_are_named(run_of):
+    folder = run_of()
+    assert "not learnt" not in page_text(folder)
+    partition = json.loads((folder / "partition.json").read_text())
+    each = {"task": "rte", "gain": -0.0213, "standard_error": 0.03}
+    (folder / "partition.json").write_text(json.dumps({**partition, "unlearnt": [each]}))
+    text = page_text(folder)
+    assert "Datasets that are not learnt" in text
+    assert "rte: −0.021 ± 0.030" in text
+
+
 def page_text(folder):
     return Page(write_report(folder).read_text(encoding="utf-8")).text
 

@@ -39,6 +39,7 @@ def searched(tmp_path):
         "rule": "one_standard_error",
         "by_m": [row(3, 0.41, 0.0, 0.0), row(2, 0.42, 0.01, 0.012)],
         "harmful": [{"task": "trec", "effect": -0.021, "standard_error": 0.004, "partners": 9, "better": 0}],
+        "unlearnt": [{"task": "sst2", "gain": -0.012, "standard_error": 0.034}],
     }
     (tmp_path / "partition.json").write_text(json.dumps(partition))
     return tmp_path
@@ -54,6 +55,7 @@ def test_it_has_a_row_for_every_m_and_names_groups_and_harm(searched):
     assert "chosen by the rule 'one standard error'" in " ".join(text.split())
     assert "group-0: sst2, a [2Jb" in text
     assert "trec harms what trains beside it: −0.0210 ± 0.0040 over 9 partners" in text
+    assert "sst2 is not predicted better than by its labels' frequencies: −0.0120 ± 0.0340" in text
     assert "\x1b" not in text
     assert "Plot" not in text
 
