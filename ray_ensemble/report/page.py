@@ -242,8 +242,9 @@ def _unlearnt(data: RunData) -> Html:
     if not lines:
         return Html("")
     about = (
-        "By the estimate their groups' training predicts these no better than the frequencies of their labels do (gain in nats "
-        "over that, with its standard error). Their labels may be wrong, the task too hard for this base, or the data too few to tell."
+        "By the estimate their groups' training predicts these no better than the frequencies of their labels do (gain in "
+        "nats over that, with its standard error). Their labels may be wrong, the task too hard for this base, or the data "
+        "too few to tell."
     )
     return join([element("h3", "Datasets that are not learnt"), paragraph(about), bullets(lines)])
 
