@@ -70,7 +70,10 @@ def train_adapters(
 def _partial(failed: Mapping[str, str], done: Mapping[str, TrainedAdapter | None], folder: Path) -> RunError:
     """The end of a run that trained only some of its adapters; what is known of it is written down."""
     trained = [name for name, adapter in done.items() if adapter is not None]
-    write_json(folder / FAILURES, {"status": "partial", "trained": trained, "failed": dict(failed)})
+    try:
+        write_json(folder / FAILURES, {"status": "partial", "trained": trained, "failed": dict(failed)})
+    except OSError as error:  # a full disk may be why they failed
+        console.print(f"{folder / FAILURES}: cannot be written ({error.strerror})", markup=False)
     lines = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
     return RunError(
         f"{len(failed)} of {len(done)} adapters could not be trained ({len(trained)} are kept):{lines}\n"

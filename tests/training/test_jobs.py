@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -99,3 +101,36 @@ def test_a_pack_equals_separate_jobs_and_one_failure_stops_nobody(ray_cluster, t
         assert [row["step"] for row in rows] == list(range(job.steps))
         assert done[job.name].tokens == sum(row["tokens"] for row in rows)
     assert len(list((run / "trained").iterdir())) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_a_full_disk_is_told_and_the_same_call_goes_on_once_there_is_room(
+    ray_cluster, tasks, tiny_model, initial, small_disk
+):
+    job = AdapterJob("single", (tasks[0].name,), 12, 0)
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space"):
+        ballast.write_bytes(b"x" * 2**21)
+    os.truncate(ballast, 2**20 - 24_000)  # room for a checkpoint, not for two
+    with pytest.raises(RunError) as raised:
+        train([job], tasks, tiny_model, initial, small_disk / "run", max_failures=0)
+    assert "single: the disk of the run folder is full; free some space" in str(raised.value)
+    assert "The same command trains only these again" in str(raised.value)
+    ballast.unlink()
+    done = train([job], tasks, tiny_model, initial, small_disk / "run")
+    assert_equal(done["single"].folder, alone(job, tasks, tiny_model, initial))
