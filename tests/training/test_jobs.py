@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ray_ensemble import RunError
-from ray_ensemble.config import AdapterConfig, JobConfig, LimitsConfig, ModelConfig, TaskConfig, TrainingConfig
+from ray_ensemble.config import AdapterConfig, JobConfig, ModelConfig, TaskConfig, TrainingConfig
 from ray_ensemble.gradients import ReplicaSpec
-from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base, load_tokenizer
-from ray_ensemble.tasks import EncodedTask, encode_task, load_tasks
+from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base
 from ray_ensemble.training import AdapterJob, StartingPoint, train_adapter, train_adapters
 from ray_ensemble.training.jobs import FAILURES
 
@@ -25,13 +24,6 @@ pytestmark = pytest.mark.ray
 CPU = torch.device("cpu")
 BASE = {"model": "tiny", "quantization": "none", "adapter": "drawn"}
 SETTINGS = TrainingConfig(batch_size=4, learning_rate=5e-3, checkpoint_every=3)
-
-
-@pytest.fixture(scope="module")
-def tasks(tiny_model: Path, task_folder: Path) -> list[EncodedTask]:
-    loaded = load_tasks([TaskConfig(source=str(task_folder))], LimitsConfig(), task_folder)
-    tokenizer = load_tokenizer(tiny_model)
-    return [encode_task(task, tokenizer, 64) for task in loaded]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_ensemble.config import AdapterConfig, LimitsConfig, TaskConfig, TrainingConfig
+from ray_ensemble.config import AdapterConfig, TrainingConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.models import (
     LabelTree,
@@ -19,23 +19,15 @@ from ray_ensemble.models import (
     draw_initial_adapter,
     label_scores,
     load_base,
-    load_tokenizer,
     make_batch,
     score_loss,
 )
-from ray_ensemble.tasks import EncodedTask, encode_task, load_tasks, split_hash
+from ray_ensemble.tasks import split_hash
 from ray_ensemble.training import learning_rate, sample_batch, train_adapter
 from ray_ensemble.training.optimiser import make_optimiser, moments, paged_adamw, set_moments
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(batch_size=4, learning_rate=5e-3, checkpoint_every=4)
-
-
-@pytest.fixture(scope="module")
-def tasks(tiny_model: Path, task_folder: Path) -> list[EncodedTask]:
-    loaded = load_tasks([TaskConfig(source=str(task_folder))], LimitsConfig(), task_folder)
-    tokenizer = load_tokenizer(tiny_model)
-    return [encode_task(task, tokenizer, 64) for task in loaded]
 
 
 @pytest.fixture(scope="module")
