@@ -107,6 +107,7 @@ def test_driver_killed_in_gradients_search_and_training(whole_job, finished_run,
     assert {p: p.stat().st_mtime_ns for p in kept} == kept, "finished gradients were computed again"
 
 
+@pytest.mark.slow
 def test_workers_killed_in_gradients_and_training(whole_job, finished_run, tmp_path):
     output = tmp_path / "run"
     driver = Driver(whole_job, output)
