@@ -200,7 +200,8 @@ class TrainingConfig(Section):
     `sampling: examples` draws every example of a group equally often; `tasks` draws every task equally often, and every example
     of a task. `early_stop` looks at the search half of the group's validation examples and keeps the best adapter.
 
-    A step's batch is cut into micro-batches of at most `batch_tokens` padded tokens, which are halved when memory runs out.
+    A step's batch is cut into micro-batches of at most `batch_tokens` padded tokens, which are halved when memory runs out; `auto`
+    is 8192 on a GPU and 256 on a CPU, which larger ones hardly make faster.
     `activation_checkpointing` recomputes activations in the backward pass, which costs a forward pass and saves most of the
     memory that grows with the batch; the result is the same. `precision: auto` is bf16 autocast on a GPU that has it, fp32
     elsewhere. `optimizer: paged_adamw` (GPU only) lets the optimiser's state move to host memory.
@@ -228,7 +229,7 @@ class TrainingConfig(Section):
     early_stop: EarlyStopConfig | None = None
     optimizer: Literal["adamw", "paged_adamw"] = "adamw"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    batch_tokens: Count = 8192
+    batch_tokens: Literal["auto"] | Count = "auto"
     activation_checkpointing: bool = False
     checkpoint_every: Count = 50
     max_failures: Annotated[int, Field(ge=0)] = 2
@@ -268,6 +269,12 @@ class TrainingConfig(Section):
                 "and strategy: none"
             )
         return self
+
+    def tokens_of(self, device: str) -> int:
+        """Padded tokens that a micro-batch may hold on a device of this type ("cuda", "cpu")."""
+        if self.batch_tokens == "auto":
+            return 8192 if device == "cuda" else 256
+        return self.batch_tokens
 
     @property
     def most_workers(self) -> int:

@@ -129,7 +129,8 @@ class Loop:
         self._dropout: DropoutRows = stack.enter_context(row_dropout(model, adapters))
         stack.enter_context(activation_checkpointing(model, config.activation_checkpointing))
         lowered = [learner.state.batch_tokens for learner in learners if learner.state.batch_tokens is not None]
-        self._budget = TokenBudget(min([config.batch_tokens, *lowered]), device)
+        self._most = config.tokens_of(device.type)
+        self._budget = TokenBudget(min([self._most, *lowered]), device)
 
     def run(
         self,
@@ -176,7 +177,7 @@ class Loop:
             logged.append((learner, line))
         for learner, line in logged:
             line["seconds"] = time.perf_counter() - started
-            if self._budget.tokens < self.config.batch_tokens:
+            if self._budget.tokens < self._most:
                 line["batch_tokens"] = self._budget.tokens
                 learner.state = replace(learner.state, batch_tokens=self._budget.tokens)
             on_step(learner, line)

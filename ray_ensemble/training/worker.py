@@ -65,11 +65,11 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     pack: Pack = settings["pack"]
     folder, source = Path(settings["folder"]), settings["model"]
-    training = within_memory(settings["training"], pack.folder(folder))
+    device = default_device()
+    training = within_memory(settings["training"], pack.folder(folder), device.type)
     quiet_libraries()
     torch.set_num_threads(training.threads)
     started = time.monotonic()
-    device = default_device()
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())  # Ray Train has chosen this worker's
     workers = make_workers(training)
@@ -214,11 +214,11 @@ def note_out_of_memory(checkpoints: Path) -> None:
     jsonl_appender(checkpoints / _MEMORY)({"killed": "out of memory"})
 
 
-def within_memory(training: TrainingConfig, checkpoints: Path) -> TrainingConfig:
-    """The settings with micro-batches halved once for every time that a worker was killed for its memory."""
+def within_memory(training: TrainingConfig, checkpoints: Path, device: str) -> TrainingConfig:
+    """The settings with micro-batches halved once for every time that a worker on such a device was killed for its memory."""
     file = checkpoints / _MEMORY
     kills = len(file.read_text().splitlines()) if file.exists() else 0
-    return training.model_copy(update={"batch_tokens": max(1, training.batch_tokens >> kills)})
+    return training.model_copy(update={"batch_tokens": max(1, training.tokens_of(device) >> kills)})
 
 
 def read_row(line: str) -> dict[str, Any] | None:

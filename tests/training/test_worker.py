@@ -16,11 +16,14 @@ def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_
     training = TrainingConfig(batch_tokens=600)
     found = []
     for _ in range(12):
-        found.append(within_memory(training, tmp_path / "checkpoints" / "job").batch_tokens)
+        found.append(within_memory(training, tmp_path / "checkpoints" / "job", "cpu").batch_tokens)
         note_out_of_memory(tmp_path / "checkpoints" / "job")
     assert found[:5] == [600, 300, 150, 75, 37]
     assert found[-1] == 1
-    assert within_memory(training, tmp_path / "checkpoints" / "other") == training
+    unset = TrainingConfig()
+    assert within_memory(unset, tmp_path / "checkpoints" / "job", "cpu").batch_tokens == 1
+    for device in ("cpu", "cuda"):
+        assert within_memory(unset, tmp_path / "other", device).tokens_of(device) == unset.tokens_of(device)
 
 
 @pytest.mark.parametrize(
