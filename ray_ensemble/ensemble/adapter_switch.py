@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from ray_ensemble.files import sha256_file
+from ray_ensemble.models.adapters import unloadable
 
 _KEPT = 32  # adapters held at once
 
@@ -27,7 +29,11 @@ class AdapterSwitch:
 
     @contextmanager
     def using(self, folder: Path | None, name: str | None) -> Iterator[None]:
-        """Passes in this block go through the adapter saved in `folder`, whose `adapter_name` is `name`; None: the bare base."""
+        """Passes in this block go through the adapter saved in `folder`, whose `adapter_name` is `name`; None: the bare base.
+
+        Raises:
+            InputError: the adapter is damaged.
+        """
         if folder is None or name is None:
             with self._model.disable_adapter():
                 yield
@@ -35,7 +41,10 @@ class AdapterSwitch:
         if name not in self._names:
             if len(self._names) == _KEPT:
                 self._model.delete_adapter(self._names.pop(0))
-            self._model.load_adapter(folder, adapter_name=name)
+            try:
+                self._model.load_adapter(folder, adapter_name=name)
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                raise unloadable(folder, error) from None
             self._model.eval()
             self._names.append(name)
         self._model.set_adapter(name)
