@@ -114,8 +114,8 @@ class GradientsConfig(Section):
     """The gradient pass: projected dimension d, projection seed, number of replicas and what one replica may use.
 
     `replicas` is a number, a range {min, max}, or `auto`: one a GPU, or one per `threads` CPUs. `shards` spreads the layers
-    of each replica over that many actors, for a base that is larger than one device. `projection: kronecker` is cheaper
-    for wide adapters and less exact (docs/gradients.md).
+    of each replica over that many actors, for a base that is larger than one device; the replicas that score labels and lift
+    boosters are cut alike. `projection: kronecker` is cheaper for wide adapters and less exact (docs/gradients.md).
 
     `start: meta` first trains the adapter for `meta_steps` steps on all tasks together (GradEx's meta-initialisation); gradients
     are taken there, and every adapter of the run starts there.

@@ -75,18 +75,24 @@ class Stages:
             default_device,
             draw_initial_adapter,
             load_base,
+            load_miniature,
+            load_shapes,
             model_hash,
             resolve_quantization,
         )
         from ray_ensemble.training.parallel import check_strategy
 
         check_strategy(self.config.training)
-        base = load_base(self._model_folder, "none", default_device())
+        shards = self.config.gradients.shards
+        if shards > 1:  # then no one process need have room for it
+            base, tried = load_shapes(self._model_folder, default_device()), load_miniature(self._model_folder)
+        else:
+            base = tried = load_base(self._model_folder, "none", default_device())
         trees = {task.name: LabelTree.of(task.label_ids) for task in self.encoded}
         width = max(len(e.prompt_ids) + len(trees[t.name].tokens) for t in self.encoded for s in SPLITS for e in t[s])
-        check_scores(base, any(tree.branches for tree in trees.values()), width)
-        if self.config.gradients.shards > 1:
-            check_shards(base, self.config.gradients.shards)
+        check_scores(tried, any(tree.branches for tree in trees.values()), width)
+        if shards > 1:
+            check_shards(tried, shards)
         draw_initial_adapter(base, self.config.adapter, self.init)
         import torch
         from safetensors import safe_open

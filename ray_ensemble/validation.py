@@ -97,7 +97,16 @@ def measured_points(estimator: Estimator, runs: Sequence[RealRun]) -> list[Point
 
 
 def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]) -> list[dict[str, Any]]:
-    """How linear the model is along lifted fits and at the distance that training really reached, a row a distance."""
+    """How linear the model is along lifted fits and at the distance that training really reached, a row a distance.
+
+    None of them for a base in shards: it takes the whole base in one process.
+    """
+    if stages.config.gradients.shards > 1:
+        print(
+            "how linear the model is cannot be measured with gradients.shards > 1; validation.json goes without",
+            flush=True,
+        )
+        return []
     units: dict[str, LinearityUnit] = {}
     for run in runs:
         tasks = [stages.encoded[i] for i in run.members]

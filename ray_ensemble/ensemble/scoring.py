@@ -1,4 +1,4 @@
-"""Label scores of adapters on splits, computed by Ray actors that hold one base and swap adapters; kept as files.
+"""Label scores of adapters on splits, kept as files: Ray actors that hold a base, or a shard of it, swap adapters.
 
 Scores are filed under what they depend on (adapter, data, base), so that no stage computes a score that another has.
 """
@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.config import GradientsConfig
+from ray_ensemble.ensemble.adapter_switch import AdapterSwitch, adapter_name
 from ray_ensemble.files import sha256_file, sha256_json, write_array
 from ray_ensemble.gradients import ReplicaSpec
+from ray_ensemble.gradients.pipeline import map_pipelines
 from ray_ensemble.models import (
     LabelTree,
     attach_adapters,
@@ -56,8 +58,6 @@ class Scored:
 class ScoringReplica:
     """One base with adapters attached as they are asked for; the plain class behind the Ray actor."""
 
-    _KEPT = 32  # adapters held at once
-
     def __init__(self, spec: ReplicaSpec, threads: int, batch_tokens: int) -> None:
         import torch
 
@@ -66,7 +66,7 @@ class ScoringReplica:
         self._device = default_device()
         base = load_base(materialise(spec.source), spec.quantization, self._device)
         self._model = attach_adapters(base, {"initial": Path(spec.initial_adapter)})
-        self._names: list[str] = []
+        self._adapters = AdapterSwitch(self._model)
         self._pad_id = spec.pad_id
         self._batch_tokens = batch_tokens
 
@@ -75,34 +75,17 @@ class ScoringReplica:
         import torch
 
         tree = LabelTree.of(request.task.label_ids)
-        lengths = [len(e.prompt_ids) + len(tree.tokens) for e in request.examples]
         classes = len(request.task.labels)
         scores = np.empty((len(request.examples), classes), dtype=np.float32)
+        name = None if request.adapter is None else adapter_name(request.adapter)
         tokens = 0
-        with torch.inference_mode():
-            for indices in length_sorted_batches(lengths, self._batch_tokens):
+        with torch.inference_mode(), self._adapters.using(request.adapter, name):
+            for indices in batches_of(request, self._batch_tokens):
                 examples = [request.examples[i] for i in indices]
                 batch = make_batch(examples, [tree] * len(examples), classes, self._pad_id, self._device)
-                if request.adapter is None:
-                    with self._model.disable_adapter():
-                        found = label_scores(self._model, batch)
-                else:
-                    self._activate(request.adapter)
-                    found = label_scores(self._model, batch)
-                scores[indices] = found.cpu().numpy()
+                scores[indices] = label_scores(self._model, batch).cpu().numpy()
                 tokens += batch.tokens
         return {"scores": scores, "tokens": tokens, "peak_memory_bytes": peak_memory_bytes()}
-
-    def _activate(self, folder: Path) -> None:
-        # Named by content: the same adapter under two folders is one adapter.
-        name = f"adapter-{sha256_file(folder / 'adapter_model.safetensors')[:16]}"
-        if name not in self._names:
-            if len(self._names) == self._KEPT:
-                self._model.delete_adapter(self._names.pop(0))
-            self._model.load_adapter(folder, adapter_name=name)
-            self._model.eval()
-            self._names.append(name)
-        self._model.set_adapter(name)
 
 
 def score_all(
@@ -118,18 +101,18 @@ def score_all(
     Args:
         requests: what is wanted.
         spec: how an actor loads the base.
-        config: replicas, threads and batch tokens, as for the gradients.
+        config: replicas, shards, threads and batch tokens, as for the gradients; scores do not depend on replicas and shards.
         base: hashes of the base and θ₀.
         folder: the run folder; scores are kept in its `scores/`.
         title: of the progress bar.
     """
     paths = [folder / "scores" / f"{request.task.name}-{_key(request, config, base)}.npy" for request in requests]
     units = {path.stem: request for path, request in zip(paths, requests, strict=True) if not _is_scores(path, request)}
-    tokens = sum(_tokens(request) for request in requests)
+    tokens = sum(token_count(request) for request in requests)
     peak = 0
     if units:
         total = sum(len(r.examples) for r in units.values())
-        size = pool_size(config.replicas, config.threads, len(units))
+        size = pool_size(config.replicas, config.threads, len(units), config.shards)
         with Bar(title, total, "examples") as bar:
 
             def keep(name: str, result: dict[str, Any]) -> None:
@@ -139,17 +122,31 @@ def score_all(
                 bar.advance(len(units[name].examples), units[name].task.name)
 
             # Longest first, so that no actor is left with a long unit at the end.
-            ordered = dict(sorted(units.items(), key=lambda item: -_tokens(item[1])))
-            arguments = (spec, config.threads, config.batch_tokens)
-            actors = PlainActors(ScoringReplica, arguments, config.threads, actor_gpus(size))
-            map_units(actors, "score", ordered, size=size, on_result=keep)
+            ordered = dict(sorted(units.items(), key=lambda item: -token_count(item[1])))
+            if config.shards == 1:
+                arguments = (spec, config.threads, config.batch_tokens)
+                actors = PlainActors(ScoringReplica, arguments, config.threads, actor_gpus(size))
+                map_units(actors, "score", ordered, size=size, on_result=keep)
+            else:
+                from ray_ensemble.ensemble.scoring_shards import ShardedScoring
+
+                map_pipelines(ShardedScoring, "score", ordered, spec=spec, config=config, size=size, on_result=keep)
     return Scored(tuple(np.load(path, allow_pickle=False) for path in paths), tokens, peak)
 
 
-def _tokens(request: ScoreRequest) -> int:
+def batches_of(request: ScoreRequest, budget: int) -> list[list[int]]:
+    """A request's examples in batches of at most `budget` padded tokens, as lists of their places."""
+    return length_sorted_batches(_lengths(request), budget)
+
+
+def token_count(request: ScoreRequest) -> int:
     """Tokens that a request's rows hold without padding."""
+    return sum(_lengths(request))
+
+
+def _lengths(request: ScoreRequest) -> list[int]:
     nodes = len(LabelTree.of(request.task.label_ids).tokens)
-    return sum(len(e.prompt_ids) + nodes for e in request.examples)
+    return [len(e.prompt_ids) + nodes for e in request.examples]
 
 
 def _key(request: ScoreRequest, config: GradientsConfig, base: dict[str, str]) -> str:

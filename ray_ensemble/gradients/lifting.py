@@ -93,7 +93,7 @@ def lift_group(
         tasks: the members of a group.
         shares: for each the weights (N, K − 1) or (N, 1) of its training rows, as `estimator.lifting` gives them.
         spec: how a replica loads the base and θ₀.
-        config: replicas, threads, batch tokens, `max_examples`.
+        config: replicas, shards, threads, batch tokens, `max_examples`.
         base: hashes of the base and θ₀.
     """
     units: dict[str, LiftingUnit] = {}
@@ -119,9 +119,15 @@ def lift_group(
                     total[key] = total[key] + value if key in total else value
             bar.advance(len(indices))
 
-        size = pool_size(config.replicas, config.threads, len(units))
-        actors = PlainActors(LiftingReplica, (spec, config.threads), config.threads, actor_gpus(size))
-        map_units(actors, "lift", units, size=size, on_result=keep)
+        size = pool_size(config.replicas, config.threads, len(units), config.shards)
+        if config.shards == 1:
+            actors = PlainActors(LiftingReplica, (spec, config.threads), config.threads, actor_gpus(size))
+            map_units(actors, "lift", units, size=size, on_result=keep)
+        else:
+            from ray_ensemble.gradients.lifting_shards import ShardedLifting
+            from ray_ensemble.gradients.pipeline import map_pipelines
+
+            map_pipelines(ShardedLifting, "lift", units, spec=spec, config=config, size=size, on_result=keep)
     delta = {name: torch.from_numpy(np.array(value)) for name, value in total.items()}
     return Lifted(delta, tuple(scores), tokens, peak)
 

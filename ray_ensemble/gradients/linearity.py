@@ -131,7 +131,7 @@ def lift_with_scores(model: PeftModel, batches: Sequence[tuple[Batch, Tensor]]) 
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         for batch, shares in batches:
             found = label_scores(model, batch)
-            value = (shares * _differences(found, batch.labels, shares.shape[1])).sum()
+            value = (shares * score_differences(found, batch.labels, shares.shape[1])).sum()
             for name, gradient in zip(total, torch.autograd.grad(value, list(parameters.values())), strict=True):
                 total[name] += gradient
             scores.append(found.detach())
@@ -141,7 +141,7 @@ def lift_with_scores(model: PeftModel, batches: Sequence[tuple[Batch, Tensor]]) 
     return total, scores
 
 
-def _differences(scores: Tensor, labels: Tensor, columns: int) -> Tensor:
+def score_differences(scores: Tensor, labels: Tensor, columns: int) -> Tensor:
     """(N, K − 1) differences s_y − s_k in the order of the wrong labels, or (N, 1) margins where one column is wanted."""
     if columns == 1:
         return margins(scores, labels)[:, None]

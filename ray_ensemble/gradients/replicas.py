@@ -180,10 +180,9 @@ def _compute(
             actors = PlainActors(GradientReplica, (spec, config), config.threads, actor_gpus(size))
             map_units(actors, "collect", units, size=size, on_result=keep)
         else:
-            from ray_ensemble.gradients.pipeline import ShardedReplicas
+            from ray_ensemble.gradients.pipeline import ShardedReplica, map_pipelines
 
-            # Two units at a time, so that one's last batches and the next one's first share the pipeline.
-            map_units(ShardedReplicas(spec, config), "collect", units, size=size, on_result=keep, in_flight=2)
+            map_pipelines(ShardedReplica, "collect", units, spec=spec, config=config, size=size, on_result=keep)
     return peak
 
 

@@ -11,6 +11,7 @@ from ray_ensemble.models.base import (
     quiet_libraries,
     resolve_quantization,
 )
+from ray_ensemble.models.miniature import load_miniature, load_shapes
 from ray_ensemble.models.probe import check_scores, check_shards
 from ray_ensemble.models.scoring import (
     Batch,
@@ -34,6 +35,8 @@ __all__ = [
     "label_scores",
     "length_sorted_batches",
     "load_base",
+    "load_miniature",
+    "load_shapes",
     "load_tokenizer",
     "lora_layers",
     "make_batch",

@@ -83,11 +83,16 @@ def attach_adapters(base: PreTrainedModel, folders: Mapping[str, Path], trainabl
             else:
                 model.load_adapter(folder, adapter_name=name, is_trainable=name == trainable)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{folder}: cannot load this adapter ({' '.join(str(error).split())[:200]})") from None
+            raise unloadable(folder, error) from None
     if model is None:
         raise ValueError("attach_adapters needs at least one adapter")
     model.eval()
     return model
+
+
+def unloadable(folder: Path, error: BaseException) -> InputError:
+    """The one line that refuses a damaged adapter."""
+    return InputError(f"{folder}: cannot load this adapter ({' '.join(str(error).split())[:200]})")
 
 
 def save_adapter(model: PeftModel, folder: Path, name: str) -> None:

@@ -12,6 +12,7 @@ from ray_ensemble.config import GradientsConfig
 from ray_ensemble.estimator import TaskFeatures, pairwise_margins
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.gradients.lifting import LiftingReplica, LiftingUnit, lift_group, save_moved
+from ray_ensemble.gradients.lifting_shards import LiftingShard
 from ray_ensemble.gradients.linearity import lora_parameters, margins_along, norm
 from ray_ensemble.gradients.per_example import GradientCollector
 from ray_ensemble.gradients.units import SplitPlan
@@ -119,3 +120,49 @@ def test_any_number_of_replicas_lifts_to_the_same_bytes(start, tiny_model, encod
         torch.testing.assert_close(value, alone[0][0][name] + alone[1][0][name], rtol=1e-4, atol=1e-5)
     for ours, (_, theirs) in zip(one.scores, alone, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_shards_lift_to_the_bytes_of_the_whole_whatever_comes_back_first(start, tiny_model, encoded):
+    """What the pipeline of actors does, in one process, with batches that return in a wild order."""
+    _, folder = start
+    spec = ReplicaSpec(str(tiny_model), "none", str(folder), 0)
+    config = CONFIG.model_copy(update={"shards": 2})
+    first, last = (LiftingShard(spec, config, shard) for shard in range(2))
+    whole = LiftingReplica(spec, 1)
+    for name in ("films", "options"):
+        task = encoded[name]
+        shares = np.random.default_rng(1).random((len(task["train"]), len(task.labels) - 1))
+        for key, plain in SplitPlan(task, "train", CONFIG, {}).units.items():
+            unit = LiftingUnit(plain, shares[list(plain.indices)])
+            places = range(len(plain.batches))
+            assert len(places) > 2
+            hidden = [first.forward(key, unit, place, None) for place in places]
+            turned = {place: last.turn(key, unit, place, hidden[place]) for place in [*places[1:], 0]}
+            for place in reversed(places):
+                assert first.backward(key, place, turned[place][0]) is None
+            want = whole.lift(unit)
+            assert np.concatenate([turned[place][1] for place in places]).tobytes() == want["scores"].tobytes()
+            delta = first.lifted(key) | last.lifted(key)
+            assert delta.keys() == want["delta"].keys()
+            for parameter, value in want["delta"].items():
+                assert delta[parameter].tobytes() == value.tobytes(), parameter
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sharded_replicas_lift_to_the_bytes_of_whole_ones(start, tiny_model, encoded, wide_cluster):
+    _, folder = start
+    spec = ReplicaSpec(str(tiny_model), "none", str(folder), 0)
+    tasks = [encoded["films"], encoded["options"]]
+    generator = np.random.default_rng(0)
+    shares = [generator.random((len(task["train"]), len(task.labels) - 1)) for task in tasks]
+    one, two = (
+        lift_group(tasks, shares, spec, CONFIG.model_copy(update={"replicas": 1, "shards": shards}), {})
+        for shards in (1, 2)
+    )
+    assert one.tokens == two.tokens
+    assert one.delta.keys() == two.delta.keys()
+    for name, value in one.delta.items():
+        assert torch.equal(value, two.delta[name])
+    for ours, theirs in zip(two.scores, one.scores, strict=True):
+        assert np.array_equal(ours, theirs)
