@@ -32,6 +32,7 @@ from ray_ensemble.config import AdapterConfig, GradientsConfig
 from ray_ensemble.files import write_json
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.gradients.pipeline import Pipelines, ShardedReplica
+from ray_ensemble.pool import PoolSize
 from ray_ensemble.models import draw_initial_adapter, load_base, materialise, quiet_libraries
 from ray_ensemble.runtime import prepare_environment
 
@@ -176,7 +177,7 @@ class PipelineGroup:
         self._ray = ray
         ray.init(num_cpus=setup.shards, log_to_driver=False, logging_level="ERROR")
         config = GradientsConfig(dim=setup.dim, shards=setup.shards)
-        self._kind = Pipelines(ShardedReplica, ReplicaSpec(setup.model, "none", setup.adapter, 0), config)
+        self._kind = Pipelines(ShardedReplica, ReplicaSpec(setup.model, "none", setup.adapter, 0), config, PoolSize(1, 1))
         self._actor = self._kind.start()
         text = json.loads((Path(setup.model) / "config.json").read_text())
         self._hidden = int(text["hidden_size"])

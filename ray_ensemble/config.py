@@ -115,7 +115,9 @@ class GradientsConfig(Section):
 
     `replicas` is a number, a range {min, max}, or `auto`: one a GPU, or one per `threads` CPUs. `shards` spreads the layers
     of each replica over that many actors, for a base that is larger than one device; the replicas that score labels and lift
-    boosters are cut alike. `projection: kronecker` is cheaper for wide adapters and less exact (docs/gradients.md).
+    boosters are cut alike. `gpus` is what each actor asks for: `auto` is one where the cluster has any now, which a cluster
+    that grows from nothing has not. Actors that the cluster cannot place in `wait_minutes` end the run. `projection:
+    kronecker` is cheaper for wide adapters and less exact (docs/gradients.md).
 
     `start: meta` first trains the adapter for `meta_steps` steps on all tasks together (GradEx's meta-initialisation); gradients
     are taken there, and every adapter of the run starts there.
@@ -129,6 +131,8 @@ class GradientsConfig(Section):
     seed: Seed = 0
     projection: Literal["rademacher", "kronecker"] = "rademacher"
     replicas: Literal["auto"] | Count | Range = "auto"
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    wait_minutes: Fraction = 20.0
     shards: Count = 1
     threads: Count = 1
     start: Literal["fresh", "meta"] = "fresh"
@@ -200,15 +204,16 @@ class TrainingConfig(Section):
     `sampling: examples` draws every example of a group equally often; `tasks` draws every task equally often, and every example
     of a task. `early_stop` looks at the search half of the group's validation examples and keeps the best adapter.
 
-    A step's batch is cut into micro-batches of at most `batch_tokens` padded tokens, which are halved when memory runs out; `auto`
-    is 8192 on a GPU and 256 on a CPU, which larger ones hardly make faster.
-    `activation_checkpointing` recomputes activations in the backward pass, which costs a forward pass and saves most of the
-    memory that grows with the batch; the result is the same. `precision: auto` is bf16 autocast on a GPU that has it, fp32
-    elsewhere. `optimizer: paged_adamw` (GPU only) lets the optimiser's state move to host memory.
+    A step's batch is cut into micro-batches of at most `batch_tokens` padded tokens, which are halved when memory runs out;
+    `auto` is 8192 on a GPU and 256 on a CPU, which larger ones hardly make faster. `activation_checkpointing` recomputes
+    activations in the backward pass, which costs a forward pass and saves most of the memory that grows with the batch; the
+    result is the same. `precision: auto` is bf16 autocast on a GPU that has it, fp32 elsewhere. `optimizer: paged_adamw` (GPU
+    only) lets the optimiser's state move to host memory.
 
-    A job is one Ray Train run of `cpus` and `gpus` (fractions allowed), and trains one adapter, or up to `pack` small ones on one
-    copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job;
-    nodes that are taken away count apart, by `max_preemptions`. `loggers` show the steps elsewhere than in `train.jsonl`.
+    A job is one Ray Train run of `cpus` and `gpus` (fractions allowed), and trains one adapter, or up to `pack` small ones on
+    one copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job; nodes
+    that are taken away count apart, by `max_preemptions`. A job that the cluster cannot place in `wait_minutes` fails.
+    `loggers` show the steps elsewhere than in `train.jsonl`.
 
     A job has `workers` workers, each with its own `cpus` and `gpus`, that share the rows of every step; with a range {min, max}
     the job with the most steps has `max` of them, and others have in proportion. With `strategy: none` each holds the whole base;
@@ -240,6 +245,7 @@ class TrainingConfig(Section):
     concurrency: Literal["auto"] | Count = "auto"
     cpus: Fraction = 1.0
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    wait_minutes: Fraction = 20.0
     threads: Count = 1
     pack: Count = 1
     loggers: list[Logger] = []

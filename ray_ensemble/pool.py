@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from ray_ensemble.config import Range
+from ray_ensemble.config import GradientsConfig, Range
 from ray_ensemble.errors import InputError, RunError
-from ray_ensemble.runtime import cluster_cpus, cluster_gpus
+from ray_ensemble.runtime import cluster_cpus, cluster_gpus, shortfall
 
 _TRIES = 4  # of one unit whose actors die under it, and actors lost in a row, before the run gives up
 _NOTICE_S = 30.0  # without any actor, until the user is told what is waited for
@@ -30,6 +30,14 @@ class PoolSize:
 class ActorKind(Protocol):
     """How actors of a pool are started and given up."""
 
+    @property
+    def bundles(self) -> Sequence[Mapping[str, float]]:
+        """The resources of one actor, each bundle on one node."""
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that the cluster may take to place the first actor."""
+
     def start(self) -> Any:
         """A new actor's handle, at once; the actor itself may have to wait for resources."""
 
@@ -38,13 +46,18 @@ class ActorKind(Protocol):
 
 
 class PlainActors:
-    """Actors of one class, each with `threads` CPUs and `gpus` GPUs. Their constructor gets `arguments`."""
+    """Actors of one class, each with `config.threads` CPUs and its GPUs. Their constructor gets `arguments`."""
 
-    def __init__(self, actor_class: type, arguments: tuple[Any, ...], threads: int, gpus: float = 0.0) -> None:
+    def __init__(self, actor_class: type, arguments: tuple[Any, ...], config: GradientsConfig, size: PoolSize) -> None:
         import ray
 
+        bundle = bundle_of(config, size)
+        self.bundles: list[dict[str, float]] = [bundle]
+        self.wait_s = 60.0 * config.wait_minutes
         # Lost actors are replaced by the pool, on any node, rather than restarted by Ray where they were.
-        self._remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_restarts=0, max_task_retries=0)(actor_class)
+        self._remote = ray.remote(
+            num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_restarts=0, max_task_retries=0
+        )(actor_class)
         self._arguments = arguments
 
     def start(self) -> Any:
@@ -78,10 +91,17 @@ def pool_size(wanted: Literal["auto"] | int | Range, threads: int, units: int, s
     return PoolSize(*bounded)
 
 
-def actor_gpus(size: PoolSize) -> float:
-    """GPUs of one actor: one where the cluster has any, a share of one where actors outnumber them."""
-    gpus = cluster_gpus()
-    return min(1.0, gpus / size.least) if gpus else 0.0
+def bundle_of(config: GradientsConfig, size: PoolSize) -> dict[str, float]:
+    """CPUs and GPUs of one actor, or of each of its shards.
+
+    `gpus: auto` is one GPU where the cluster has any now, and a share of one where unsharded actors outnumber them.
+    """
+    gpus: float = cluster_gpus()
+    if config.gpus != "auto":
+        gpus = config.gpus
+    elif gpus:
+        gpus = 1.0 if config.shards > 1 else min(1.0, gpus / size.least)
+    return {"CPU": float(config.threads)} | ({"GPU": gpus} if gpus else {})
 
 
 @dataclass
@@ -120,10 +140,17 @@ class _Pool(Generic[Unit]):
             self._grow()
             reference = self._next_event()
             if reference is None:
-                ready = any(member.node for member in self._members)
-                if not ready and not told and time.monotonic() - quiet_since > _NOTICE_S:
+                waited = time.monotonic() - quiet_since
+                if any(member.node for member in self._members):
+                    continue
+                if waited > self._kind.wait_s:
+                    raise RunError(
+                        f"the cluster placed no actor in {self._kind.wait_s / 60:g} minutes (gradients.wait_minutes): "
+                        f"{shortfall(self._kind.bundles)}"
+                    )
+                if not told and waited > _NOTICE_S:
                     told = True
-                    print("waiting for the cluster to give an actor its CPUs or GPUs", flush=True)
+                    print(f"waiting for the cluster to place an actor: {shortfall(self._kind.bundles)}", flush=True)
                 continue
             quiet_since = time.monotonic()
             self._settle(reference)
@@ -232,7 +259,8 @@ def map_units(
 
     Raises:
         InputError: raised by the method or the actor's constructor.
-        RunError: the method failed, or its actor died too often; the unit is named.
+        RunError: the method failed, or its actor died too often (the unit is named), or the cluster placed no actor in time (what
+            it lacks is named).
     """
     if not units:
         return

@@ -42,9 +42,12 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
 # Keys that say how fast a result comes, not what it is.
 _FREE = (
     "gradients.replicas",
+    "gradients.gpus",
+    "gradients.wait_minutes",
     "training.concurrency",
     "training.cpus",
     "training.gpus",
+    "training.wait_minutes",
     "training.max_failures",
     "training.max_preemptions",
     "training.pack",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,31 @@ def cluster_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def may_grow() -> bool:
+    """Whether the cluster may get more nodes: one that was joined may, one of this machine's own does not."""
+    return watches_preemption()
+
+
+def shortfall(bundles: Sequence[Mapping[str, float]]) -> str:
+    """What is asked for, each bundle on one node, and what the cluster has and has free now."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    free = ray.available_resources()
+    keys = ("CPU", "GPU")
+    asked = _amounts({key: bundles[0].get(key, 0.0) for key in keys})
+    most = _amounts({key: max((node.get(key, 0.0) for node in nodes), default=0.0) for key in keys})
+    whole = _amounts({key: sum(node.get(key, 0.0) for node in nodes) for key in keys})
+    return (
+        f"{len(bundles)} × {asked} asked for, each on one node; the cluster has {len(nodes)} nodes with {most} at most and "
+        f"{whole} in all, of which {_amounts({key: free.get(key, 0.0) for key in keys})} are free"
+    )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {key}s" for key, amount in resources.items())
 
 
 def peak_memory_bytes() -> int:

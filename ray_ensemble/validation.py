@@ -19,7 +19,7 @@ from ray_ensemble.estimator.comparison import Point, compare
 from ray_ensemble.estimator.lifting import lifting_shares
 from ray_ensemble.files import read_json, sha256_file, sha256_json, write_json
 from ray_ensemble.gradients.linearity import Linearity, LinearityProbe, LinearityUnit
-from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
+from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.real_runs import RealRun, calibration_subsets, fine_tune, measured, reached
 from ray_ensemble.stages import Stages
@@ -146,7 +146,7 @@ def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]
 
             arguments = (stages.spec, settings.threads, settings.batch_tokens)
             map_units(
-                PlainActors(LinearityProbe, arguments, settings.threads, actor_gpus(size)),
+                PlainActors(LinearityProbe, arguments, settings, size),
                 "measure",
                 missing,
                 size=size,

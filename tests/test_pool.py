@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from ray_ensemble.config import Range
+from ray_ensemble.config import GradientsConfig, Range
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.pool import PlainActors, PoolSize, map_units, pool_size
 
@@ -58,7 +58,14 @@ def run(folder: Path, units: dict[str, str], size: PoolSize, on_result=None, in_
         if on_result:
             on_result(results)
 
-    map_units(PlainActors(Worker, (folder,), 1), "work", units, size=size, on_result=keep, in_flight=in_flight)
+    map_units(
+        PlainActors(Worker, (folder,), GradientsConfig(), size),
+        "work",
+        units,
+        size=size,
+        on_result=keep,
+        in_flight=in_flight,
+    )
     return results
 
 
@@ -85,7 +92,11 @@ def test_errors_come_back_as_what_they_are(ray_cluster, tmp_path):
         run(tmp_path, {"u": "fails"}, PoolSize(1, 1))
     with pytest.raises(InputError, match=r"^no such base$"):
         map_units(
-            PlainActors(Worker, (tmp_path, True), 1), "work", {"u": "x"}, size=PoolSize(1, 1), on_result=lambda *_: None
+            PlainActors(Worker, (tmp_path, True), GradientsConfig(), PoolSize(1, 1)),
+            "work",
+            {"u": "x"},
+            size=PoolSize(1, 1),
+            on_result=lambda *_: None,
         )
 
 
@@ -121,3 +132,15 @@ def test_pool_grows_with_the_work_and_needs_no_more_than_the_cluster_has(ray_clu
     results = run(tmp_path, units, PoolSize(1, 16))
     assert len(results) == 30
     assert len({line.split()[0] for line in lines(tmp_path)}) > 1
+
+
+def test_what_the_cluster_can_never_place_ends_with_what_it_lacks(ray_cluster, tmp_path):
+    import ray
+
+    size, config = PoolSize(1, 1), GradientsConfig(threads=4096, gpus=2.0, wait_minutes=1e-3)
+    actors = PlainActors(Worker, (tmp_path,), config, size)
+    with pytest.raises(
+        RunError, match=r"wait_minutes.*1 × 4096 CPUs and 2 GPUs asked for, each on one node; the cluster has"
+    ):
+        map_units(actors, "work", {"u": "x"}, size=size, on_result=lambda *_: None)
+    assert ray.available_resources().get("CPU")

@@ -1,4 +1,4 @@
-"""A cluster that was there before the run and stays after it: a driver that dies leaves nothing behind that holds its resources."""
+"""A cluster that was there before the run and stays: a driver that dies leaves nothing behind that holds its resources."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def standing_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     try:
         deadline = time.monotonic() + 120
         while "Ray runtime started" not in (tmp_path / "head.txt").read_text():
-            assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.txt").read_text()
+            assert head.poll() is None, (tmp_path / "head.txt").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "head.txt").read_text()
             time.sleep(0.5)
         yield address
     finally:

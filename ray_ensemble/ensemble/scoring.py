@@ -29,7 +29,7 @@ from ray_ensemble.models import (
     materialise,
     quiet_libraries,
 )
-from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
+from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
 from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
@@ -125,7 +125,7 @@ def score_all(
             ordered = dict(sorted(units.items(), key=lambda item: -token_count(item[1])))
             if config.shards == 1:
                 arguments = (spec, config.threads, config.batch_tokens)
-                actors = PlainActors(ScoringReplica, arguments, config.threads, actor_gpus(size))
+                actors = PlainActors(ScoringReplica, arguments, config, size)
                 map_units(actors, "score", ordered, size=size, on_result=keep)
             else:
                 from ray_ensemble.ensemble.scoring_shards import ShardedScoring

@@ -28,7 +28,7 @@ from ray_ensemble.models import (
     quiet_libraries,
 )
 from ray_ensemble.models.scoring import model_inputs
-from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
+from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.tasks import EncodedExample, EncodedTask
 
@@ -101,7 +101,7 @@ def mean_hidden_states(
             # Longest first, so that no actor is left with a long unit at the end.
             ordered = dict(sorted(units.items(), key=lambda item: -sum(len(e.prompt_ids) for e in item[1])))
             arguments = (spec, config.threads, config.batch_tokens)
-            actors = PlainActors(HiddenStateReplica, arguments, config.threads, actor_gpus(size))
+            actors = PlainActors(HiddenStateReplica, arguments, config, size)
             map_units(actors, "mean", ordered, size=size, on_result=keep)
     return np.stack([np.load(path, allow_pickle=False) for path in paths])
 

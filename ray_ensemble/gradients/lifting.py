@@ -23,7 +23,7 @@ from ray_ensemble.gradients.linearity import Delta, lift_with_scores, norm
 from ray_ensemble.gradients.replicas import within_memory
 from ray_ensemble.gradients.units import GradientUnit, ReplicaSpec, SplitPlan
 from ray_ensemble.models import attach_adapters, default_device, load_base, materialise, quiet_libraries
-from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
+from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
 from ray_ensemble.tasks import EncodedTask
@@ -121,7 +121,7 @@ def lift_group(
 
         size = pool_size(config.replicas, config.threads, len(units), config.shards)
         if config.shards == 1:
-            actors = PlainActors(LiftingReplica, (spec, config.threads), config.threads, actor_gpus(size))
+            actors = PlainActors(LiftingReplica, (spec, config.threads), config, size)
             map_units(actors, "lift", units, size=size, on_result=keep)
         else:
             from ray_ensemble.gradients.lifting_shards import ShardedLifting

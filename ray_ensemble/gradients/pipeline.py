@@ -30,8 +30,8 @@ from ray_ensemble.models import (
     materialise,
     quiet_libraries,
 )
-from ray_ensemble.pool import PoolSize, map_units
-from ray_ensemble.runtime import cluster_gpus, peak_memory_bytes
+from ray_ensemble.pool import PoolSize, bundle_of, map_units
+from ray_ensemble.runtime import peak_memory_bytes
 from ray_ensemble.tasks import EncodedExample
 
 Unit = TypeVar("Unit")
@@ -178,9 +178,10 @@ class Pipelines:
         config: shards and threads.
     """
 
-    def __init__(self, leader: type[Pipeline], spec: ReplicaSpec, config: GradientsConfig) -> None:
+    def __init__(self, leader: type[Pipeline], spec: ReplicaSpec, config: GradientsConfig, size: PoolSize) -> None:
         self._leader, self._spec, self._config = leader, spec, config
-        self._gpus = 1.0 if cluster_gpus() else 0.0
+        self.bundles = [bundle_of(config, size)] * config.shards
+        self.wait_s = 60.0 * config.wait_minutes
         self._groups: dict[Any, Any] = {}
 
     def start(self) -> Any:
@@ -188,11 +189,10 @@ class Pipelines:
         import ray
         from ray.util.placement_group import placement_group
 
-        bundle = {"CPU": float(self._config.threads)} | ({"GPU": self._gpus} if self._gpus else {})
-        group = placement_group([bundle] * self._config.shards, strategy="PACK")
+        group = placement_group(self.bundles, strategy="PACK")
         # Two calls at once: the next unit enters the pipeline while the last batches of one are on their way back.
         remote = ray.remote(num_cpus=0, max_concurrency=2, max_restarts=0, max_task_retries=0)(self._leader)
-        actor = remote.remote(self._spec, self._config, group, self._gpus)
+        actor = remote.remote(self._spec, self._config, group, self.bundles[0].get("GPU", 0.0))
         self._groups[actor] = group
         return actor
 
@@ -217,7 +217,7 @@ def map_pipelines(
 ) -> None:
     """`pool.map_units` on replicas of `config.shards` shards; raises what that raises."""
     # Two units at a time, so that one's last batches and the next one's first share the pipeline.
-    map_units(Pipelines(leader, spec, config), method, units, size=size, on_result=on_result, in_flight=2)
+    map_units(Pipelines(leader, spec, config, size), method, units, size=size, on_result=on_result, in_flight=2)
 
 
 class ShardActor(ShardHolder):

@@ -23,7 +23,7 @@ from ray_ensemble.gradients.units import (
     part_is_whole,
 )
 from ray_ensemble.models import attach_adapters, default_device, load_base, materialise, quiet_libraries
-from ray_ensemble.pool import PlainActors, actor_gpus, map_units, pool_size
+from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
 from ray_ensemble.tasks import EncodedTask
@@ -177,7 +177,7 @@ def _compute(
             bar.advance(len(units[unit_name].indices), unit_name.rpartition("-")[0])
 
         if config.shards == 1:
-            actors = PlainActors(GradientReplica, (spec, config), config.threads, actor_gpus(size))
+            actors = PlainActors(GradientReplica, (spec, config), config, size)
             map_units(actors, "collect", units, size=size, on_result=keep)
         else:
             from ray_ensemble.gradients.pipeline import ShardedReplica, map_pipelines

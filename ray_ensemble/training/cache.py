@@ -18,7 +18,7 @@ _HASHED = frozenset(
 _NOT_HASHED = frozenset(
     (
         "concurrency", "min_steps", "epochs", "cpus", "gpus", "max_failures", "checkpoint_every", "seed", "pack",
-        "batch_tokens", "activation_checkpointing", "max_preemptions", "loggers", "workers", "offload",
+        "batch_tokens", "activation_checkpointing", "max_preemptions", "loggers", "workers", "offload", "wait_minutes",
     )
 )  # fmt: skip
 

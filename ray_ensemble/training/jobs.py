@@ -15,14 +15,14 @@ from ray_ensemble.config import JobConfig, TrainingConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, sha256_json, write_json
 from ray_ensemble.progress import Bar, console
-from ray_ensemble.runtime import cluster_cpus, cluster_gpus, watches_preemption
+from ray_ensemble.runtime import cluster_cpus, cluster_gpus, may_grow, shortfall, watches_preemption
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
 from ray_ensemble.training.packing import packs
 from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
 
-_START_TIMEOUT_S = "300"
+_CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
 FAILURES = "failures.json"
 
 
@@ -89,6 +89,11 @@ class _Demand:
     cpus: float
     gpus: float
 
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """The workers' resources."""
+        return [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})] * self.workers
+
 
 def _run_all(
     wanted: Mapping[str, AdapterJob],
@@ -128,7 +133,7 @@ def _run_all(
                 error = future.exception()
                 for key in pack.jobs:
                     if error is not None:
-                        failures[key] = _reason(error)
+                        failures[key] = _reason(error, demands[key])
                     elif (record := pack.failure(folder, key)).exists():
                         failures[key] = read_json(record, "record of a failure")["reason"]
                 if not failures.keys() & pack.jobs.keys():
@@ -154,10 +159,10 @@ def _demand(training: TrainingConfig, workers: int) -> _Demand:
     """What a job of so many workers asks for.
 
     Raises:
-        InputError: the cluster can never give it.
+        InputError: a cluster that does not grow can never give it.
     """
     gpus = (1.0 if cluster_gpus() else 0.0) if training.gpus == "auto" else training.gpus
-    if workers * training.cpus > cluster_cpus() or workers * gpus > cluster_gpus():
+    if not may_grow() and (workers * training.cpus > cluster_cpus() or workers * gpus > cluster_gpus()):
         raise InputError(
             f"training asks for {workers * training.cpus:g} CPUs and {workers * gpus:g} GPUs a job, the cluster has "
             f"{cluster_cpus()} CPUs and {cluster_gpus()} GPUs: lower training.cpus, training.gpus or training.workers"
@@ -166,9 +171,9 @@ def _demand(training: TrainingConfig, workers: int) -> _Demand:
 
 
 def _fitting(demand: _Demand) -> int:
-    """How many such jobs the cluster holds at once."""
+    """How many such jobs the cluster holds at once; one at least, which a cluster that grows may get room for."""
     cpus = cluster_cpus() / (demand.workers * demand.cpus)
-    return int(min(cpus, cluster_gpus() / (demand.workers * demand.gpus)) if demand.gpus else cpus)
+    return max(1, int(min(cpus, cluster_gpus() / (demand.workers * demand.gpus)) if demand.gpus else cpus))
 
 
 def _run_one(
@@ -182,10 +187,8 @@ def _run_one(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S)
-    resources: dict[str, float] = {"CPU": demand.cpus}
-    if demand.gpus:
-        resources["GPU"] = demand.gpus
+    once = 60.0 * training.wait_minutes / (_CONTROLLER_FAILURES + 1)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(once)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -198,7 +201,7 @@ def _run_one(
         },
         torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=demand.workers, use_gpu=bool(demand.gpus), resources_per_worker=resources
+            num_workers=demand.workers, use_gpu=bool(demand.gpus), resources_per_worker=demand.bundles[0]
         ),
         run_config=ray.train.RunConfig(
             name=pack.name,
@@ -206,7 +209,7 @@ def _run_one(
             failure_config=ray.train.FailureConfig(
                 max_failures=training.max_failures,
                 max_preemption_failures=training.max_preemptions,
-                controller_failure_limit=3,
+                controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             callbacks=[_memory_watch(pack.folder(folder))],
@@ -273,7 +276,7 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
             return
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, demand: _Demand) -> str:
     """Why a job failed, in a line, with what to do where that is known."""
     cause = getattr(error, "worker_failures", None)
     if isinstance(cause, dict) and cause:
@@ -286,11 +289,5 @@ def _reason(error: BaseException) -> str:
     if is_memory_kill(error):
         return f"killed for its memory, also with smaller micro-batches; lower training.concurrency ({reason})"
     if "WorkerGroupStartupTimeout" in text or type(error).__name__ == "WorkerGroupStartupTimeoutError":
-        import ray
-
-        free = ray.available_resources()
-        return (
-            f"no worker could start; the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free, "
-            f"the rest is held by other work ({reason})"
-        )
+        return f"no worker could start in training.wait_minutes: {shortfall(demand.bundles)} ({reason})"
     return reason
