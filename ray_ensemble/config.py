@@ -301,9 +301,14 @@ class BoostingConfig(Section):
 
 
 class EnsembleConfig(Section):
-    """How the adapters are combined, per dataset."""
+    """How the adapters are combined, per dataset.
+
+    `merged_rank` is the most that a dataset's merged adapter may have, such as the `--max-lora-rank` of a vLLM server: a larger one
+    is cut by singular value decomposition. Without it the rank is the sum of those of the adapters in use (docs/ensemble.md).
+    """
 
     weights: Literal["learned", "uniform"] = "learned"
+    merged_rank: Count | None = None
 
 
 class JobConfig(Section):
