@@ -102,17 +102,17 @@ def ensemble(stages: Stages) -> Outcome:
         facts["boosting_flops"] = boosted.flops
         facts["peak_memory_bytes"] = max(peak, boosted.peak_memory_bytes)
     found = {"adapters": names, "weights": weights, "method": stages.config.ensemble.weights, "boosting": described}
-    found["merged"] = {}
-    for task in weights:
-        target = stages.folder / "merged" / task
+    merged: dict[str, dict[str, Any]] = {}
+    for name in weights:
+        target = stages.folder / "merged" / name
         # The bare base adds nothing to an update.
-        parts = {part: share for part, share in ensemble_parts(found, task, stages.warm).items() if part is not None}
+        parts = {part: share for part, share in ensemble_parts(found, name, stages.warm).items() if part is not None}
         folders = [stages.folder / part for part in parts]
-        merged = merge_adapters(folders, list(parts.values()), target, stages.config.ensemble.merged_rank)
-        found["merged"][task] = {**asdict(merged), "vllm_max_lora_rank": merged.vllm_max_lora_rank}
+        done = merge_adapters(folders, list(parts.values()), target, stages.config.ensemble.merged_rank)
+        merged[name] = {**asdict(done), "vllm_max_lora_rank": done.vllm_max_lora_rank}
         files += sorted(target.iterdir())
-    _tell_ranks(found["merged"])
-    write_json(stages.folder / "ensemble.json", found)
+    _tell_ranks(merged)
+    write_json(stages.folder / "ensemble.json", {**found, "merged": merged})
     return files, facts
 
 

@@ -303,8 +303,9 @@ class BoostingConfig(Section):
 class EnsembleConfig(Section):
     """How the adapters are combined, per dataset.
 
-    `merged_rank` is the most that a dataset's merged adapter may have, such as the `--max-lora-rank` of a vLLM server: a larger one
-    is cut by singular value decomposition. Without it the rank is the sum of those of the adapters in use (docs/ensemble.md).
+    `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the `--max-lora-rank` of a vLLM
+    server: what is above is cut by singular value decomposition. By default the rank is the sum of those of the adapters in use
+    (docs/ensemble.md).
     """
 
     weights: Literal["learned", "uniform"] = "learned"

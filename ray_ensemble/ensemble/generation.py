@@ -31,7 +31,7 @@ class Prompt:
 
 @dataclass
 class Generated:
-    """What was written: token ids without the end token, their log-probability in nats (with it), and whether it came to an end."""
+    """What was written: token ids without the end token, their log-probability in nats (with it), and whether it ended."""
 
     ids: list[int] = field(default_factory=list)
     log_probability: float = 0.0

@@ -21,7 +21,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Merged:
-    """Rank of a merged adapter, and the share of the combined update's squared Frobenius norm, over all modules, that it keeps."""
+    """Rank of a merged adapter, and the share of the combined update's squared Frobenius norm, of all modules, that it has."""
 
     rank: int
     norm_kept: float

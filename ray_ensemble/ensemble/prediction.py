@@ -130,8 +130,8 @@ class Predictor:
             max_new_tokens: where a text that does not end is cut.
 
         Returns:
-            For every request, in their order, `{"text": str, "token_ids": [int], "log_probability": nats, "ended": bool}`; `ended`
-            tells that the model ended the text itself.
+            For every request, in their order, `{"text": str, "token_ids": [int], "log_probability": nats, "ended": bool}`, the
+            last of which tells that the model ended the text itself.
 
         Raises:
             InputError: as `predict`; or prompt and new tokens are more than the base has positions for.

@@ -94,7 +94,7 @@ def test_only_what_has_weight_is_loaded(tiny_model, task_folder, requests, tmp_p
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
     assert predictor.predict([]) == []
-    with pytest.raises(InputError, match="group-0/adapter_config.json: this adapter configuration is missing"):
+    with pytest.raises(InputError, match=r"group-0/adapter_config\.json: this adapter configuration is missing"):
         Predictor(run)
 
 
@@ -121,7 +121,7 @@ def test_a_prompt_that_does_not_fit_is_named_by_its_number(tiny_model, task_fold
     described = json.loads((run / "tasks.json").read_text())
     described["tasks"][1]["prompt"] = "{text}"
     (run / "tasks.json").write_text(json.dumps(described))
-    with pytest.raises(InputError, match="request 3: task 'films': the prompt of .* has no tokens"):
+    with pytest.raises(InputError, match=r"request 3: task 'films': the prompt of .* has no tokens"):
         Predictor(run).predict([("films", {"text": "good"}), ("phones", {"text": ""}), ("films", {"text": ""})])
 
 
