@@ -177,7 +177,9 @@ class PipelineGroup:
         self._ray = ray
         ray.init(num_cpus=setup.shards, log_to_driver=False, logging_level="ERROR")
         config = GradientsConfig(dim=setup.dim, shards=setup.shards)
-        self._kind = Pipelines(ShardedReplica, ReplicaSpec(setup.model, "none", setup.adapter, 0), config, PoolSize(1, 1))
+        self._kind = Pipelines(
+            ShardedReplica, ReplicaSpec(setup.model, "none", setup.adapter, 0), config, PoolSize(1, 1)
+        )
         self._actor = self._kind.start()
         text = json.loads((Path(setup.model) / "config.json").read_text())
         self._hidden = int(text["hidden_size"])

@@ -79,7 +79,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from ray_ensemble.ensemble import Predictor, read_rows
 
-    predictor = Predictor(options.run, options.task)
+    predictor = Predictor(options.run, [options.task])
     if options.input is None:
         rows = read_rows(sys.stdin, "standard input")
     else:
@@ -87,7 +87,9 @@ def _predict(options: argparse.Namespace) -> int:
             rows = read_rows(Path(options.input).read_text(encoding="utf-8").splitlines(), options.input)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--input {options.input}: cannot be read ({error})") from None
-    for prediction in predictor.predict(rows):
+    requests = [(options.task, row) for row in rows]
+    found = predictor.predict(requests) if options.generate is None else predictor.generate(requests, options.generate)
+    for prediction in found:
         print(json.dumps(prediction, ensure_ascii=False))
     return 0
 
@@ -170,10 +172,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--repeats", type=int, default=3, help="of these, how many again with another seed (default: 3)"
             )
-    predict = verbs.add_parser("predict", help="label lines of text with a finished run's ensemble")
+    predict = verbs.add_parser("predict", help="label lines of text, or continue them, with a finished run's ensemble")
     predict.add_argument("run", help="the run folder")
     predict.add_argument("--task", required=True, help="the dataset whose prompt, labels and weights to use")
     predict.add_argument("--input", default=None, help="a JSONL file of fields (default: standard input)")
+    predict.add_argument(
+        "--generate", type=int, default=None, metavar="N", help="write up to N tokens in place of choosing a label word"
+    )
     submit = verbs.add_parser("submit", help="run a job on a Ray cluster elsewhere, by its job server")
     submit.add_argument("job", nargs="?", default=None, help="the job file; data at relative paths are sent with it")
     submit.add_argument("--address", required=True, help="the job server, such as http://127.0.0.1:8265")

@@ -12,6 +12,7 @@ from ray_ensemble.models.base import (
     resolve_quantization,
 )
 from ray_ensemble.models.miniature import load_miniature, load_shapes
+from ray_ensemble.models.mixed import MixedAdapters, lora_scaling, read_plain_lora
 from ray_ensemble.models.probe import check_scores, check_shards
 from ray_ensemble.models.scoring import (
     Batch,
@@ -26,6 +27,7 @@ from ray_ensemble.models.scoring import (
 __all__ = [
     "Batch",
     "LabelTree",
+    "MixedAdapters",
     "attach_adapters",
     "backbone_parameters",
     "check_scores",
@@ -39,11 +41,13 @@ __all__ = [
     "load_shapes",
     "load_tokenizer",
     "lora_layers",
+    "lora_scaling",
     "make_batch",
     "margins",
     "materialise",
     "model_hash",
     "quiet_libraries",
+    "read_plain_lora",
     "resolve_quantization",
     "save_adapter",
     "score_loss",
