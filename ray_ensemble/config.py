@@ -301,9 +301,17 @@ class BoostingConfig(Section):
 
 
 class EnsembleConfig(Section):
-    """How the adapters are combined, per dataset."""
+    """How the adapters are combined, per dataset (docs/weights.md).
 
-    weights: Literal["learned", "uniform"] = "learned"
+    `weights: learned` fits them on validation examples, held back towards the dataset's own group; `own` is that group's adapter
+    alone, `uniform` all adapters alike. `baselines` measures uniform weights on the test splits too, which takes every
+    adapter's pass over them. `router` learns to tell the datasets by their bare text and measures the ensemble where an
+    input's dataset is not known.
+    """
+
+    weights: Literal["learned", "own", "uniform"] = "learned"
+    baselines: bool = False
+    router: bool = False
 
 
 class JobConfig(Section):

@@ -15,6 +15,9 @@ _COMPARED = (
     ("group", "qlora_all"),
     ("merged", "ensemble"),
     ("ensemble", "ensemble_unboosted"),
+    ("ensemble", "group"),
+    ("ensemble", "uniform"),
+    ("routed", "ensemble"),
 )
 
 
@@ -40,7 +43,7 @@ def summarise(
         mean[model]["accuracy_interval"] = bootstrap_interval([hits for _, hits in values], seed)
     paired = {}
     for ours, other in _COMPARED:
-        if other not in models:
+        if not {ours, other} <= set(models):
             continue
         pair = {}
         for place, what in enumerate(("loss", "accuracy")):
