@@ -87,7 +87,7 @@ def _from_examples(stages: Any, task: Task) -> dict[str, Any]:
 
 
 def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[str, Any]:
-    from ray_ensemble.ensemble.unseen import TEMPERATURES, weights_of_similarity
+    from ray_ensemble.ensemble.unseen import weights_of_similarity
     from ray_ensemble.evaluation.hidden_states import mean_hidden_states
 
     stages.refuse_changed_data()
@@ -116,7 +116,7 @@ def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[
         "weights": fit.weights.tolist(),
         "method": "similarity",
         "examples": len(prompts),
-        "temperature": fit.choice.described(TEMPERATURES),
+        "temperature": fit.choice.described(),
         "datasets": shares,
     }
 

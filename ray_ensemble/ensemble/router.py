@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax, softmax
 
@@ -70,16 +71,14 @@ class Router:
         try:
             arrays = load_file(folder / "router.safetensors")
             return cls(tuple(about["tasks"]), mixture=bool(about["mixture"]), **arrays)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder / 'router.safetensors'}: this router cannot be read ({error})") from None
 
 
 def shares(probabilities: NDArray[np.float64], mixture: bool) -> NDArray[np.float64]:
     """Rows (N, n) of sum 1: the probabilities without those under 1%, or all of it on the likeliest dataset."""
-    if not mixture:
-        return np.eye(probabilities.shape[1])[probabilities.argmax(axis=1)]
-    kept = np.where(probabilities >= _NEGLIGIBLE, probabilities, 0.0)
-    kept[np.arange(len(kept)), probabilities.argmax(axis=1)] += 1e-12  # with hundreds of datasets none may reach 1%
+    likeliest = probabilities == probabilities.max(axis=1, keepdims=True)
+    kept = np.where(likeliest | (mixture & (probabilities >= _NEGLIGIBLE)), probabilities, 0.0)
     found: NDArray[np.float64] = kept / kept.sum(axis=1, keepdims=True)
     return found
 

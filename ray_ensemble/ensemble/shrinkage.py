@@ -21,19 +21,26 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen strength, its place in what was tried, and the mean held-out loss (S,) in nats of everything tried."""
+    """What held-out examples say of S strengths.
 
-    strength: float
-    place: int
+    - `losses` (S,): mean held-out losses in nats; empty where there was nothing to judge by;
+    - `shares` (S,) of sum 1, in proportion to exp(−z²/2), z the distance from the best loss in standard errors of the difference:
+      strengths that cannot be told apart count alike;
+    - `strength`: the strongest within one standard error of the best.
+    """
+
+    ladder: tuple[float, ...]
     losses: tuple[float, ...]
+    shares: tuple[float, ...]
+    strength: float
 
-    def described(self, ladder: Sequence[float] = LADDER) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """For a JSON file, in which infinity is null."""
         return {
             "strength": _finite(self.strength),
             "tried": [
-                {"strength": _finite(strength), "loss": loss}
-                for strength, loss in zip(ladder, self.losses, strict=False)
+                {"strength": _finite(strength), "loss": loss, "share": share}
+                for strength, loss, share in zip(self.ladder, self.losses, self.shares, strict=False)
             ],
         }
 
@@ -51,49 +58,49 @@ def fold_of(count: int, folds: int = FOLDS) -> NDArray[np.int64]:
 
 def cross_fitted(
     count: int,
-    held_out: Callable[[NDArray[np.int64], NDArray[np.int64], float], FloatArray],
+    predict: Callable[[NDArray[np.int64], NDArray[np.int64], float], FloatArray],
     ladder: Sequence[float] = LADDER,
-) -> Losses:
-    """Losses (S, count) of every example under fits that have not seen it, for each of S strengths; (S, 0) for fewer than two.
+) -> NDArray[np.float64]:
+    """Scores (S, count, K) of every example by fits that have not seen it, at each of S strengths.
 
     Args:
-        count: examples of the dataset.
-        held_out: (examples to fit on, examples to judge, strength) -> losses of the latter.
+        count: examples of the dataset, at least two.
+        predict: (n examples to fit on, j examples to judge, strength) -> scores (j, K) of the latter.
         ladder: the strengths.
     """
-    if count < 2:
-        return np.zeros((len(ladder), 0))
-    losses = np.empty((len(ladder), count))
     fold = fold_of(count)
+    places, found = [], []
     for part in range(fold.max() + 1):
         rest, judged = np.flatnonzero(fold != part), np.flatnonzero(fold == part)
-        for place, strength in enumerate(ladder):
-            losses[place, judged] = held_out(rest, judged, strength)
-    return losses
+        found.append(np.stack([predict(rest, judged, strength) for strength in ladder]))
+        places.append(judged)
+    scores: NDArray[np.float64] = np.concatenate(found, axis=1)[:, np.argsort(np.concatenate(places))]
+    return scores
 
 
 def choose(losses: Sequence[Losses], ladder: Sequence[float] = LADDER) -> Choice:
-    """The strongest shrinkage whose mean held-out loss is within one standard error of the best.
+    """Judge strengths by their mean held-out losses over datasets, each dataset counting the same.
 
-    The mean is over datasets, each counting the same, and the standard error that of the difference to the best, paired over
-    examples (the one-standard-error rule of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3). Pooling
-    datasets is what makes the choice possible: one of 30 examples cannot tell one strength from another.
+    The standard error is that of the difference to the best, paired over examples. Pooling datasets is what makes the choice
+    possible: one of 30 examples cannot tell one strength from another. `strength` is by the one-standard-error rule of Breiman
+    et al. 1984 (Classification and Regression Trees, section 3.4.3).
 
     Args:
-        losses: of each dataset (S, V), from `cross_fitted`; datasets without any have no say.
+        losses: of each dataset (S, V) of cross-fitted scores; datasets of fewer than two examples have no say.
         ladder: the S strengths, strongest first; it is taken where nothing speaks against it.
     """
     known = [each for each in losses if each.shape[1] > 1]
     if not known:
-        return Choice(ladder[0], 0, ())
+        return Choice(tuple(ladder), (), (1.0,) + (0.0,) * (len(ladder) - 1), ladder[0])
     means = np.mean([each.mean(axis=1) for each in known], axis=0)  # (S,)
     best = int(means.argmin())
-    for place, strength in enumerate(ladder):
-        apart = [each[place] - each[best] for each in known]
-        error = math.sqrt(sum(each.var(ddof=1) / len(each) for each in apart)) / len(apart)
-        if means[place] - means[best] <= error:
-            return Choice(strength, place, tuple(means.tolist()))
-    raise AssertionError("the best is within any distance of itself")
+    apart = [each - each[best] for each in known]
+    errors = np.sqrt(sum(each.var(axis=1, ddof=1) / each.shape[1] for each in apart)) / len(apart)
+    behind = means - means[best]
+    z = np.divide(behind, errors, out=np.where(behind > 0, np.inf, 0.0), where=errors > 0)
+    shares = np.exp(-0.5 * z**2)
+    strength = ladder[int(np.flatnonzero(z <= 1)[0])]
+    return Choice(tuple(ladder), tuple(means.tolist()), tuple((shares / shares.sum()).tolist()), strength)
 
 
 def _finite(value: float) -> float | None:

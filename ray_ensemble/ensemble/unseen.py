@@ -13,6 +13,7 @@ from scipy.special import softmax
 
 from ray_ensemble.ensemble.shrinkage import Choice, choose
 from ray_ensemble.ensemble.weights import LearnedWeights, combine, label_losses, learn_weights
+from ray_ensemble.estimator.similarity import cosines
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
@@ -67,18 +68,16 @@ def weights_of_similarity(
         scores: of each dataset (m, V, K), held out.
         labels: of each (V,).
     """
-    losses = []
+    losses: list[list[float]] = []
     for left, (found, right) in enumerate(zip(scores, labels, strict=True)):
         others = [i for i in range(len(states)) if i != left]
         if not others:
             break
         cosine = _cosines(states[left], states[others])
-        each = []
-        for temperature in TEMPERATURES:
-            guess = _shares(cosine, temperature) @ weights[others]  # (n − 1,) @ (n − 1, m)
-            each.append(label_losses(combine(found, _without(guess, own[left])), right))
-        losses.append(np.stack(each))
-    choice = choose(losses, TEMPERATURES)
+        guesses = [_shares(cosine, each) @ weights[others] for each in TEMPERATURES]  # (n − 1,) @ (n − 1, m)
+        losses.append([float(label_losses(combine(found, _without(w, own[left])), right).mean()) for w in guesses])
+    # A dataset is one observation here: which others it is like is drawn once for all of its examples.
+    choice = choose([np.array(losses).T] if losses else [], TEMPERATURES)
     cosine = _cosines(state, states)
     shares = _shares(cosine, choice.strength)
     return SimilarWeights(shares @ weights, shares, cosine, choice)
@@ -86,14 +85,11 @@ def weights_of_similarity(
 
 def _cosines(state: FloatArray, states: FloatArray) -> NDArray[np.float64]:
     """Cosines (n,) of `state` (H,) with `states` (n, H), all less the mean of `states`; 0 where one is that mean."""
-    centre = states.mean(axis=0)
-    a, b = np.asarray(state - centre, dtype=np.float64), np.asarray(states - centre, dtype=np.float64)
-    norms = np.linalg.norm(a) * np.linalg.norm(b, axis=1)
-    return np.divide(b @ a, norms, out=np.zeros(len(b)), where=norms > 0)
+    return cosines(np.vstack([state, states]) - states.mean(axis=0))[0, 1:]
 
 
-def _shares(cosines: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = softmax(cosines / temperature)
+def _shares(cosine: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = softmax(cosine / temperature)
     return found
 
 
@@ -104,4 +100,4 @@ def _without(weights: NDArray[np.float64], group: int) -> NDArray[np.float64]:
     if rest.sum() <= 1e-9 and len(rest) > 1:
         rest = np.ones(len(rest))
         rest[group] = 0.0
-    return rest / rest.sum() if len(rest) > 1 else weights
+    return np.asarray(rest / rest.sum()) if len(rest) > 1 else weights

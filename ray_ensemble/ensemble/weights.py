@@ -56,9 +56,8 @@ def fit_weights(
         (m,) float64, non-negative, of sum 1; weights under 1% are zero.
     """
     adapters, count, _ = scores.shape
-    prior = np.asarray(prior, dtype=np.float64)
     if adapters == 1 or math.isinf(strength):
-        return prior.copy()
+        return np.array(prior, dtype=np.float64)
     values = log_softmax(scores.astype(np.float64), axis=2)  # (m, V, K)
     rows, trusted = np.arange(count), prior > 0
     pull = strength / count * prior[trusted]
@@ -78,18 +77,15 @@ def fit_weights(
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1.0, "jac": np.ones_like},
         options={"maxiter": 500, "ftol": 1e-10},
     )  # fmt: skip
-    weights: NDArray[np.float64] = np.clip(found.x, 0.0, 1.0)
-    weights[weights < _NEGLIGIBLE] = 0.0
-    weights /= weights.sum()
-    return weights
+    return _without_crumbs(np.clip(found.x, 0.0, 1.0))
 
 
 @dataclass(frozen=True)
 class LearnedWeights:
-    """Weights (m,) of each dataset, the strength that all share, and held-out losses in nats.
+    """Weights (m,) of each dataset, what held-out examples say of the strengths, and held-out losses in nats.
 
-    `losses` has for each dataset those of `learned` (cross-fitted at the chosen strength), `prior` and `uniform` weights; None
-    for fewer than two examples.
+    `losses` has for each dataset those of `learned` (cross-fitted), `prior` and `uniform` weights; None for fewer than two
+    examples.
     """
 
     weights: list[NDArray[np.float64]]
@@ -100,9 +96,11 @@ class LearnedWeights:
 def learn_weights(
     scores: Sequence[FloatArray], labels: Sequence[NDArray[np.integer[Any]]], priors: Sequence[FloatArray]
 ) -> LearnedWeights:
-    """Weights of every dataset by `fit_weights`, pulled to its prior as strongly as held-out examples of all datasets ask for.
+    """Weights of every dataset: the mean of its `fit_weights` at all strengths, each counted as held-out examples speak for it.
 
-    A dataset whose own held-out examples are no better off with learned weights keeps its prior.
+    What speaks for a strength are the held-out examples of all datasets together (`choose`). The loss is convex in the weights,
+    so that of their mean is at most the mean of their losses; a single strength, chosen on a few dozen examples of losses
+    with a long tail, does worse. Datasets of fewer than two examples keep their prior.
 
     Args:
         scores: of each dataset (m, V, K).
@@ -110,34 +108,41 @@ def learn_weights(
         priors: of each (m,).
     """
     held_out = [
-        cross_fitted(len(y), partial(_held_out, s, y, prior))
+        cross_fitted(len(y), partial(_weighted, s, y, prior)) if len(y) > 1 else None
         for s, y, prior in zip(scores, labels, priors, strict=True)
     ]
-    choice = choose(held_out)
-    weights, losses = [], []
+    choice = choose([_losses(found, y) for found, y in zip(held_out, labels, strict=True) if found is not None])
+    shares = np.array(choice.shares)
+    weights: list[NDArray[np.float64]] = []
+    losses: list[dict[str, float] | None] = []
     for s, y, prior, found in zip(scores, labels, priors, held_out, strict=True):
-        if not found.size:
-            weights.append(np.asarray(prior, dtype=np.float64))
+        if found is None:
+            weights.append(prior.astype(np.float64))
             losses.append(None)
             continue
-        alike = np.full(len(s), 1.0 / len(s))
-        compared = {
-            "learned": float(found[choice.place].mean()),
-            "prior": float(label_losses(combine(s, np.asarray(prior)), y).mean()),
-            "uniform": float(label_losses(combine(s, alike), y).mean()),
-        }
-        helps = compared["learned"] < compared["prior"]
-        weights.append(fit_weights(s, y, prior, choice.strength if helps else math.inf))
-        losses.append(compared)
+        weights.append(_without_crumbs(shares @ [fit_weights(s, y, prior, strength) for strength in choice.ladder]))
+        # Scores are linear in the weights, so those of the mean weights are the mean of the scores.
+        compared = {"learned": np.tensordot(shares, found, axes=1), "prior": combine(s, prior)}
+        compared["uniform"] = combine(s, np.full(len(s), 1.0 / len(s)))
+        losses.append({kind: float(label_losses(each, y).mean()) for kind, each in compared.items()})
     return LearnedWeights(weights, choice, losses)
 
 
-def _held_out(
+def _weighted(
     scores: FloatArray, labels: NDArray[np.integer[Any]], prior: FloatArray,
     fitted: NDArray[np.int64], judged: NDArray[np.int64], strength: float,
 ) -> NDArray[np.float64]:  # fmt: skip
-    weights = fit_weights(scores[:, fitted], labels[fitted], prior, strength)
-    return label_losses(combine(scores[:, judged], weights), labels[judged])
+    return combine(scores[:, judged], fit_weights(scores[:, fitted], labels[fitted], prior, strength))
+
+
+def _without_crumbs(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    kept = np.where(weights < _NEGLIGIBLE, 0.0, weights)
+    return np.asarray(kept / kept.sum())
+
+
+def _losses(scores: FloatArray, labels: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """(S, V) of scores (S, V, K)."""
+    return np.stack([label_losses(each, labels) for each in scores])
 
 
 def booster_scores(boosters: FloatArray, start: FloatArray) -> NDArray[np.float64]:
@@ -254,25 +259,26 @@ def learn_step_sizes(
         longest: of each, as for `fit_step_size`.
     """
     held_out = [
-        cross_fitted(len(y), partial(_held_out_step, s, d, y, most))
+        _losses(cross_fitted(len(y), partial(_stepped, s, d, y, most)), y) if len(y) > 1 else None
         for s, d, y, most in zip(scores, directions, labels, longest, strict=True)
     ]
-    choice = choose(held_out)
+    choice = choose([found for found in held_out if found is not None])
+    place = choice.ladder.index(choice.strength)
     steps, losses = [], []
     for s, d, y, most, found in zip(scores, directions, labels, longest, held_out, strict=True):
         still = float(label_losses(s, y).mean())
-        reached = float(found[choice.place].mean()) if found.size else still
+        reached = still if found is None else float(found[place].mean())
         steps.append(fit_step_size(s, d, y, choice.strength, most) if reached < still else 0.0)
         losses.append(reached if steps[-1] > 0 else still)
     return LearnedSteps(steps, choice, losses)
 
 
-def _held_out_step(
+def _stepped(
     scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]], longest: float,
     fitted: NDArray[np.int64], judged: NDArray[np.int64], strength: float,
 ) -> NDArray[np.float64]:  # fmt: skip
     step = fit_step_size(scores[fitted], direction[fitted], labels[fitted], strength, longest)
-    return label_losses(scores[judged] + step * direction[judged], labels[judged])
+    return np.asarray(scores[judged] + step * direction[judged])
 
 
 def _slopes(

@@ -308,12 +308,10 @@ def _held_out(data: RunData) -> list[Html]:
         ]
         means = [number(sum(each[kind] for each in found.values()) / len(found)) for kind in kinds]
         head = ["dataset", "examples", "learned weights", "own group only", "uniform weights"]
-        strength = data.ensemble["shrinkage"]["strength"]
-        kept = "no strength beat the own group alone" if strength is None else f"strength {compact(strength)} examples"
         parts += [
             element("h3", "Held-out validation loss"),
             table(head, rows, [f"mean of {len(found)}", "", *means]),
-            paragraph(f"Learned weights are cross-fitted; {kept}."),
+            paragraph("Learned weights are cross-fitted: an example is judged by weights that were fitted without it."),
         ]
     router = data.metrics.get("router")
     if isinstance(router, dict):
