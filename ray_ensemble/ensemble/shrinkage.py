@@ -15,7 +15,7 @@ Losses = NDArray[np.float64]
 
 # Strengths that are tried, strongest first, in validation examples: with V of its own a dataset's fit is pulled towards what it
 # would be without data by strength / V, so that one strength suits datasets of any size. Infinity: data have no say.
-LADDER = (math.inf, 64.0, 16.0, 4.0, 1.0, 0.0)
+LADDER = (math.inf, 16.0, 4.0, 1.0, 0.0)
 FOLDS = 5
 
 
@@ -74,8 +74,7 @@ def cross_fitted(
         rest, judged = np.flatnonzero(fold != part), np.flatnonzero(fold == part)
         found.append(np.stack([predict(rest, judged, strength) for strength in ladder]))
         places.append(judged)
-    scores: NDArray[np.float64] = np.concatenate(found, axis=1)[:, np.argsort(np.concatenate(places))]
-    return scores
+    return np.concatenate(found, axis=1, dtype=np.float64)[:, np.argsort(np.concatenate(places))]
 
 
 def choose(losses: Sequence[Losses], ladder: Sequence[float] = LADDER) -> Choice:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ray_ensemble.ensemble.unseen import weights_of_examples, weights_of_similarity
+from ray_ensemble.ensemble.weights import fit_weights
 
 
 def drawn(generator, skills, count, classes=2):
@@ -22,8 +23,13 @@ def test_few_examples_move_weight_only_as_far_as_they_speak():
     many = weights_of_examples(*drawn(generator, (0.2, 3.0, 0.2), 200))
     assert many.weights[0][1] > 0.6
     assert many.losses[0]["learned"] < many.losses[0]["uniform"] == many.losses[0]["prior"]
-    equal = [weights_of_examples(*drawn(generator, (1.0, 1.0, 1.0), 6)).weights[0] for _ in range(10)]
-    assert np.mean([np.abs(w - 1 / 3).max() < 0.1 for w in equal]) >= 0.7
+    alike, distances = np.full(3, 1 / 3), []
+    for _ in range(10):
+        scores, labels = drawn(generator, (1.0, 1.0, 1.0), 6)
+        fits = weights_of_examples(scores, labels).weights[0], fit_weights(scores, labels, alike, 0.0)
+        distances.append([np.abs(w - alike).sum() for w in fits])
+    learned, unshrunk = np.mean(distances, axis=0)
+    assert learned < 0.6 * unshrunk
 
 
 def planted(generator, told, count=60):
