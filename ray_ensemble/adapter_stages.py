@@ -61,18 +61,21 @@ def train(stages: Stages) -> Outcome:
 
 def ensemble(stages: Stages) -> Outcome:
     """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see; then
-    boosting, which adds to them.
+    boosting, which adds to them, and the router.
     """
-    from ray_ensemble.ensemble import ScoreRequest, combine, ensemble_parts, fit_weights, merge_adapters, score_all
+    from ray_ensemble.ensemble import ScoreRequest, combine, ensemble_parts, merge_adapters, score_all
     from ray_ensemble.evaluation import forward_flops
 
-    names = stages.group_names
-    learned = stages.config.ensemble.weights == "learned" and len(names) > 1
+    names, settings = stages.group_names, stages.config.ensemble
+    learned = settings.weights == "learned" and len(names) > 1
     boosting = stages.config.boosting.steps > 0
-    weights = {task.name: [1.0 / len(names)] * len(names) for task in stages.encoded}
-    combined: dict[str, NDArray[np.float64]] = {}
+    own = {task.name: np.eye(len(names))[stages.own_group(task.name)] for task in stages.encoded}
+    alike = [1.0 / len(names)] * len(names)
+    weights = {task: alike if settings.weights == "uniform" else found.tolist() for task, found in own.items()}
+    described: dict[str, Any] = {"adapters": names, "method": settings.weights}
+    scores: dict[str, NDArray[np.float32]] = {}
     tokens, peak = 0, 0
-    if learned or boosting:
+    if learned or boosting or settings.router:
         stages.need_ray()
         requests = [
             ScoreRequest(stages.adapter_folder(name), task, stages.held_out(task.name))
@@ -83,36 +86,47 @@ def ensemble(stages: Stages) -> Outcome:
             requests, stages.spec, stages.config.gradients, stages.base_hashes, stages.folder.path, "validation scores"
         )
         tokens, peak = scored.tokens, scored.peak_memory_bytes
-        for i, task in enumerate(stages.encoded):
-            scores = np.stack(scored.scores[i * len(names) : (i + 1) * len(names)])
-            if learned:
-                labels = np.array([example.label for example in stages.held_out(task.name)])
-                weights[task.name] = fit_weights(scores, labels, stages.own_group(task.name)).tolist()
-            combined[task.name] = combine(scores, np.array(weights[task.name]))
+        scores = {
+            task.name: np.stack(scored.scores[i * len(names) : (i + 1) * len(names)])
+            for i, task in enumerate(stages.encoded)
+        }
+    if learned:
+        weights, about = _learned_weights(stages, scores, own)
+        described |= about
     files = [stages.folder / "ensemble.json"]
     facts = {"flops": forward_flops(stages.size(), tokens), "peak_memory_bytes": peak}
     shutil.rmtree(stages.folder / "boosters", ignore_errors=True)
-    described: dict[str, Any] = {"steps": stages.config.boosting.steps, "adapters": []}
+    boosted: dict[str, Any] = {"steps": stages.config.boosting.steps, "adapters": []}
     if boosting:
         from ray_ensemble.boosting import boost
 
-        boosted = boost(stages, weights, combined)
-        described |= boosted.described()
-        files += boosted.files
-        facts["boosting_flops"] = boosted.flops
-        facts["peak_memory_bytes"] = max(peak, boosted.peak_memory_bytes)
-    found = {"adapters": names, "weights": weights, "method": stages.config.ensemble.weights, "boosting": described}
+        combined = {task: combine(found, np.array(weights[task])) for task, found in scores.items()}
+        done = boost(stages, weights, combined)
+        boosted |= done.described()
+        files += done.files
+        facts["boosting_flops"] = done.flops
+        facts["peak_memory_bytes"] = max(peak, done.peak_memory_bytes)
+    shutil.rmtree(stages.folder / "router", ignore_errors=True)
+    if settings.router:
+        from ray_ensemble.routing import train_router
+
+        router_files, router_flops = train_router(stages, weights, scores)
+        files += router_files
+        facts["flops"] += router_flops
+    described |= {"weights": weights, "boosting": boosted}
     merged: dict[str, dict[str, Any]] = {}
     for name in weights:
         target = stages.folder / "merged" / name
         # The bare base adds nothing to an update.
-        parts = {part: share for part, share in ensemble_parts(found, name, stages.warm).items() if part is not None}
+        parts = {
+            part: share for part, share in ensemble_parts(described, name, stages.warm).items() if part is not None
+        }
         folders = [stages.folder / part for part in parts]
-        done = merge_adapters(folders, list(parts.values()), target, stages.config.ensemble.merged_rank)
-        merged[name] = {**asdict(done), "vllm_max_lora_rank": done.vllm_max_lora_rank}
+        whole = merge_adapters(folders, list(parts.values()), target, settings.merged_rank)
+        merged[name] = {**asdict(whole), "vllm_max_lora_rank": whole.vllm_max_lora_rank}
         files += sorted(target.iterdir())
     _tell_ranks(merged)
-    write_json(stages.folder / "ensemble.json", {**found, "merged": merged})
+    write_json(stages.folder / "ensemble.json", {**described, "merged": merged})
     return files, facts
 
 
@@ -130,59 +144,88 @@ def _tell_ranks(merged: Mapping[str, Mapping[str, Any]]) -> None:
         console.print(f"  cut to that rank; at least {least:.1%} of an update's squared norm is kept", markup=False)
 
 
+def _learned_weights(
+    stages: Stages, scores: Mapping[str, NDArray[np.float32]], own: Mapping[str, NDArray[np.float64]]
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Weights of each dataset, and what `ensemble.json` says of how they were found."""
+    from ray_ensemble.ensemble import learn_weights
+
+    labels = [np.array([example.label for example in stages.held_out(task)]) for task in scores]
+    fit = learn_weights(list(scores.values()), labels, [own[task] for task in scores])
+    held_out = {
+        task: {"examples": len(y), "learned": losses["learned"], "own": losses["prior"], "uniform": losses["uniform"]}
+        for task, y, losses in zip(scores, labels, fit.losses, strict=True)
+        if losses is not None
+    }
+    weights = {task: found.tolist() for task, found in zip(scores, fit.weights, strict=True)}
+    return weights, {"shrinkage": fit.choice.described(), "held_out": held_out}
+
+
 def evaluate(stages: Stages) -> Outcome:
-    """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble (also unboosted), merged."""
-    from ray_ensemble.ensemble import ScoreRequest, booster_scores, boosters_of, combine, score_all
+    """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble (also unboosted, with uniform
+    weights, and where the dataset of an input is not known), merged.
+    """
+    from ray_ensemble.ensemble import ScoreRequest, add_up, coefficients, score_all
     from ray_ensemble.evaluation import summarise
 
     stages.need_ray()
     ensemble = read_json(stages.folder / "ensemble.json", "ensemble")
-    names, weights, boosting = ensemble["adapters"], ensemble["weights"], ensemble["boosting"]
+    names, settings = ensemble["adapters"], stages.config.ensemble
+    parts = {task.name: coefficients(ensemble, task.name) for task in stages.encoded}
+    unboosted = {task: {name: c for name, c in each.items() if name in names} for task, each in parts.items()}
+    routed = None
+    if settings.router:
+        from ray_ensemble.routing import route
+
+        routed = route(stages, parts)
+    alike = dict.fromkeys(names, 1.0 / len(names))
     wanted: dict[tuple[str, str], ScoreRequest] = {}
     for task in stages.encoded:
-        used = [name for name, w in zip(names, weights[task.name], strict=True) if w > 0]
-        own = names[stages.own_group(task.name)]
-        boosters, _ = boosters_of(boosting, task.name)
+        used = [names[stages.own_group(task.name)], *parts[task.name], *(names if settings.baselines else ())]
         folders: dict[str, Path | None] = {"base": None, "qlora_all": stages.adapter_folder("qlora_all")}
-        folders |= {name: stages.adapter_folder(name) for name in dict.fromkeys([*used, own, *boosters])}
-        if boosters:
-            folders["start"] = stages.start if stages.warm else None
-        if len(used) > 1 or boosters or stages.config.ensemble.merged_rank is not None:
+        folders |= {name: _adapter(stages, name) for name in used}
+        if len(parts[task.name]) > 1 or settings.merged_rank is not None:
             folders["merged"] = stages.folder / "merged" / task.name
         for name, adapter in folders.items():
             wanted[task.name, name] = ScoreRequest(adapter, task, task["test"])
+    further = {}
+    if routed is not None:
+        for (task_name, name), examples in routed.needed.items():
+            if (task_name, name) not in wanted:
+                task = stages.task(task_name)
+                chosen = tuple(task["test"][i] for i in examples)
+                further[task_name, name] = ScoreRequest(_adapter(stages, name), task, chosen)
     scored = score_all(
-        list(wanted.values()),
+        [*wanted.values(), *further.values()],
         stages.spec,
         stages.config.gradients,
         stages.base_hashes,
         stages.folder.path,
         "test scores",
     )
-    scores = dict(zip(wanted, scored.scores, strict=True))
+    scores = dict(zip([*wanted, *further], scored.scores, strict=True))
     outputs: dict[str, dict[str, NDArray[Any]]] = {}
     for task in stages.encoded:
-        w = np.array(weights[task.name])
-        shape = scores[task.name, "base"].shape
-        stack = np.stack([scores.get((task.name, name), np.zeros(shape, np.float32)) for name in names])
-        only = names[int(w.argmax())]
-        boosters, step = boosters_of(boosting, task.name)
-        combined = boosted = combine(stack, w)
-        if boosters:
-            found = np.stack([scores[task.name, name] for name in boosters])
-            boosted = combined + step * booster_scores(found, scores[task.name, "start"])
+        found = {name: scores[task.name, name] for of, name in wanted if of == task.name}
+        boosted = add_up(found, parts[task.name])
         outputs[task.name] = {
-            "base": scores[task.name, "base"],
-            "qlora_all": scores[task.name, "qlora_all"],
-            "group": scores[task.name, names[stages.own_group(task.name)]],
+            "base": found["base"],
+            "qlora_all": found["qlora_all"],
+            "group": found[names[stages.own_group(task.name)]],
             "ensemble": boosted,
             # With one adapter in use the merged adapter is that adapter.
-            "merged": scores.get((task.name, "merged"), scores[task.name, only]),
+            "merged": found.get("merged", found[next(iter(parts[task.name]))]),
         }
         if stages.config.boosting.steps:
-            outputs[task.name]["ensemble_unboosted"] = combined
+            outputs[task.name]["ensemble_unboosted"] = add_up(found, unboosted[task.name])
+        if settings.baselines:
+            outputs[task.name]["uniform"] = add_up(found, alike)
+        if routed is not None:
+            outputs[task.name]["routed"] = routed.scores(task.name, scores)
     labels = {task.name: np.array([e.label for e in task["test"]]) for task in stages.encoded}
     metrics = summarise(outputs, labels)
+    if routed is not None:
+        metrics["router"] = routed.figures(outputs, labels)
     peak = {
         stage: stages.folder.facts(stage)["peak_memory_bytes"] for stage in ("gradients", "search", "train", "ensemble")
     }
@@ -191,6 +234,13 @@ def evaluate(stages: Stages) -> Outcome:
     metrics["peak_memory_bytes"] = {**peak, "evaluate": scored.peak_memory_bytes}
     write_json(stages.folder / "metrics.json", metrics)
     return [stages.folder / "metrics.json"], {"peak_memory_bytes": scored.peak_memory_bytes}
+
+
+def _adapter(stages: Stages, name: str) -> Path | None:
+    """Where an adapter is that a score has a part of; None for the bare base."""
+    if name == "start":
+        return stages.start if stages.warm else None
+    return stages.adapter_folder(name)
 
 
 def _flops(stages: Stages) -> dict[str, float]:

@@ -20,10 +20,11 @@ from ray_ensemble.ensemble import (
     best_step,
     booster_scores,
     combine,
-    fit_step_size,
     label_losses,
+    learn_step_sizes,
     score_all,
 )
+from ray_ensemble.ensemble.weights import LearnedSteps
 from ray_ensemble.estimator import TaskFeatures, validation_halves
 from ray_ensemble.evaluation import forward_flops, training_flops
 from ray_ensemble.files import whole_folder
@@ -72,16 +73,12 @@ class _Dataset:
     added: Scores | float = 0.0  # (V, K)
     train_added: Scores | float = 0.0
     step: float = 0.0
+    held_out_loss: float | None = None  # nats, under step sizes that have not seen the example; None before any booster
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels (n,) of the training examples that are scored."""
         return np.array([example.label for example in self.examples[: len(self.train_scores)]])
-
-    def step_size(self, added: Scores | float, train_added: Scores | float) -> float:
-        """η where `added` (V, K) and `train_added` (n, K) are what boosters add at η = 1."""
-        longest = best_step(self.train_scores, np.asarray(train_added), self.labels)
-        return fit_step_size(self.scores, np.asarray(added), self.features.validation_labels, longest)
 
     def linear(self, beta: Scores) -> tuple[Scores, Scores]:
         """What a booster of β adds to first order to the validation scores (V, K) and to the training scores (n, K)."""
@@ -90,11 +87,6 @@ class _Dataset:
         train = np.zeros(self.train_scores.shape)
         train[wrong] = np.broadcast_to(-rows, (len(rows), wrong.shape[1] - 1)).ravel()
         return self.features.validation_features @ beta, train
-
-    @property
-    def boosted(self) -> Scores:
-        """(V, K)."""
-        return self.scores + self.step * self.added
 
     @property
     def train_boosted(self) -> Scores:
@@ -108,8 +100,10 @@ class _Dataset:
 
     @property
     def validation_loss(self) -> float:
-        """In nats."""
-        return float(label_losses(self.boosted, self.features.validation_labels).mean())
+        """In nats, cross-fitted where there are boosters."""
+        if self.held_out_loss is not None:
+            return self.held_out_loss
+        return float(label_losses(self.scores, self.features.validation_labels).mean())
 
 
 def boost(stages: Stages, weights: Mapping[str, Sequence[float]], scores: Mapping[str, Scores]) -> Boosted:
@@ -173,9 +167,12 @@ class _Boosting:
         for task, (train, validation) in self._added(members, target, start_scores).items():
             data = self.data[task]
             data.added, data.train_added = data.added + validation, data.train_added + train
-            data.step = data.step_size(data.added, data.train_added)
+        datasets = [self.data[task] for task in members]
+        fitted = _step_sizes(datasets, [(np.asarray(d.added), np.asarray(d.train_added)) for d in datasets])
+        for data, step, loss in zip(datasets, fitted.steps, fitted.losses, strict=True):
+            data.step, data.held_out_loss = step, loss
         after = self._losses(members)
-        row |= {"step_sizes": {task: self.data[task].step for task in members}}
+        row |= {"step_sizes": {task: self.data[task].step for task in members}, "shrinkage": fitted.choice.described()}
         row |= {key: [before[key], after[key]] for key in before}
         console.print(
             f"  {name} for group {group}: training loss {before['train_loss']:.4f} -> {after['train_loss']:.4f}, "
@@ -210,7 +207,7 @@ class _Boosting:
             [data.task for data in datasets], fit.shares, stages.spec, stages.config.gradients, stages.base_hashes
         )
         # As far as is best to first order, so that step sizes are about 1, but no farther than that holds.
-        best = float(np.mean([step for step, _ in _promise(datasets, fit.beta, 1.0)])) if known is None else known
+        best = float(np.mean(_promise(datasets, fit.beta, 1.0).steps)) if known is None else known
         factor, distance = save_moved(stages.start, lifted.delta, target, best, DISTANCE if known is None else None)
         self.factors[group], row["distance"] = factor, distance
         self.done.flops += training_flops(stages.size(), lifted.tokens)
@@ -252,7 +249,7 @@ class _Boosting:
             [data.features for data in datasets],
             wanted,
             self.sampling,
-            lambda beta: float(np.mean([loss for _, loss in _promise(datasets, beta, factor)])),
+            lambda beta: float(np.mean(_promise(datasets, beta, factor).losses)),
             None if chosen == "auto" else chosen,
         )
 
@@ -324,13 +321,20 @@ def _offset(data: _Dataset, start: NDArray[np.float32]) -> tuple[EncodedExample,
     )
 
 
-def _promise(datasets: Sequence[_Dataset], beta: Scores, factor: float) -> list[tuple[float, float]]:
-    """Step size and validation loss of each dataset to first order, if factor·β is added to what boosts it already."""
-    found = []
+def _step_sizes(datasets: Sequence[_Dataset], added: Sequence[tuple[Scores, Scores]]) -> LearnedSteps:
+    """Step sizes where `added` is what boosters add at η = 1 to each dataset's validation (V, K) and training scores (n, K)."""
+    return learn_step_sizes(
+        [data.scores for data in datasets],
+        [validation for validation, _ in added],
+        [data.features.validation_labels for data in datasets],
+        [best_step(data.train_scores, train, data.labels) for data, (_, train) in zip(datasets, added, strict=True)],
+    )
+
+
+def _promise(datasets: Sequence[_Dataset], beta: Scores, factor: float) -> LearnedSteps:
+    """Step sizes and held-out losses to first order, if factor·β is added to what boosts the datasets already."""
+    added = []
     for data in datasets:
-        labels = data.features.validation_labels
         validation, train = data.linear(factor * beta)
-        direction = data.added + validation
-        step = data.step_size(direction, data.train_added + train)
-        found.append((step, float(label_losses(data.scores + step * direction, labels).mean())))
-    return found
+        added.append((data.added + validation, data.train_added + train))
+    return _step_sizes(datasets, added)

@@ -94,6 +94,17 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
+def _weights(options: argparse.Namespace) -> int:
+    from ray_ensemble.report import unseen_summary
+    from ray_ensemble.unseen import unseen_weights
+
+    if options.examples is not None and options.examples < 0:
+        raise InputError(f"--examples {options.examples}: give a number of examples, 0 for none")
+    found = unseen_weights(options.run, options.task_folder, options.examples)
+    _print(unseen_summary(found), f"\nwritten: {Path(options.run) / 'unseen' / (found['name'] + '.json')}")
+    return 0
+
+
 def _submit(options: argparse.Namespace) -> int:
     from ray_ensemble.submission import Submission, submit
 
@@ -136,7 +147,7 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-_OTHERS = {"predict": _predict, "submit": _submit, "status": _status}
+_OTHERS = {"predict": _predict, "weights": _weights, "submit": _submit, "status": _status}
 
 
 def _print(*renderables: Any) -> None:
@@ -178,6 +189,15 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--input", default=None, help="a JSONL file of fields (default: standard input)")
     predict.add_argument(
         "--generate", type=int, default=None, metavar="N", help="write up to N tokens in place of choosing a label word"
+    )
+    weights = verbs.add_parser("weights", help="weights of a finished run's adapters for a dataset that was not in it")
+    weights.add_argument("run", help="the run folder")
+    weights.add_argument("--task-folder", required=True, help="task.json, and train.jsonl or validation.jsonl")
+    weights.add_argument(
+        "--examples",
+        type=int,
+        default=None,
+        help="labelled examples to use at most (default: all; 0: go without labels)",
     )
     submit = verbs.add_parser("submit", help="run a job on a Ray cluster elsewhere, by its job server")
     submit.add_argument("job", nargs="?", default=None, help="the job file; data at relative paths are sent with it")

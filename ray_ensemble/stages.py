@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ray_ensemble.files import read_json, sha256_file, write_json
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import ray_session
-from ray_ensemble.tasks import SPLITS, EncodedExample, EncodedTask, Task, encode_task, load_tasks
+from ray_ensemble.tasks import SPLITS, EncodedExample, EncodedTask, Task, bare_prompt, encode_task, load_tasks
 from ray_ensemble.version import __version__
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Stages:
         for stage in STAGES[: STAGES.index(last) + 1]:
             if self.folder.whole(stage):
                 if stage == "tasks":
-                    self._refuse_changed_data()
+                    self.refuse_changed_data()
                 console.print(f"[dim]{stage}: done before[/dim]")
                 continue
             self.folder.forget_from(stage)
@@ -236,6 +236,17 @@ class Stages:
         """All tasks, tokenised."""
         return encode_all(self._loaded, self._tokenizer, self.config)
 
+    @cached_property
+    def texts(self) -> list[EncodedTask]:
+        """All tasks without their templates: the text alone, tokenised."""
+        bare = [replace(task, prompt=bare_prompt(task.prompt)) for task in self._loaded]
+        limit = self.config.limits.max_tokens
+        return [encode_task(task, self._tokenizer, limit) for task in bare]
+
+    def encode(self, tasks: Sequence[Task]) -> list[EncodedTask]:
+        """Tasks from elsewhere as this run's tokenizer sees them."""
+        return encode_all(tasks, self._tokenizer, self.config)
+
     def task(self, name: str) -> EncodedTask:
         """The task of this name."""
         return next(task for task in self.encoded if task.name == name)
@@ -247,7 +258,8 @@ class Stages:
         examples = self.task(name)["validation"]
         return tuple(examples[i] for i in validation_halves(len(examples))[1])
 
-    def _refuse_changed_data(self) -> None:
+    def refuse_changed_data(self) -> None:
+        """Raise `InputError` if the sources no longer hold what the run began with."""
         before = {task["name"]: task["data_hash"] for task in read_json(self.folder / "tasks.json")["tasks"]}
         changed = [task.name for task in self.encoded if before.get(task.name) != task.data_hash]
         if changed:

@@ -4,13 +4,15 @@ from ray_ensemble.ensemble.merge import VLLM_RANKS, Merged, merge_adapters
 from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request, ensemble_parts, read_rows
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
 from ray_ensemble.ensemble.weights import (
+    add_up,
     best_step,
     booster_scores,
     boosters_of,
+    coefficients,
     combine,
-    fit_step_size,
-    fit_weights,
     label_losses,
+    learn_step_sizes,
+    learn_weights,
 )
 
 __all__ = [
@@ -21,14 +23,16 @@ __all__ = [
     "Request",
     "ScoreRequest",
     "Scored",
+    "add_up",
     "best_step",
     "booster_scores",
     "boosters_of",
+    "coefficients",
     "combine",
     "ensemble_parts",
-    "fit_step_size",
-    "fit_weights",
     "label_losses",
+    "learn_step_sizes",
+    "learn_weights",
     "merge_adapters",
     "read_rows",
     "score_all",

@@ -15,7 +15,7 @@ from scipy.special import log_softmax, softmax
 
 from ray_ensemble.config import load_config
 from ray_ensemble.ensemble.generation import Prompt, generate
-from ray_ensemble.ensemble.weights import boosters_of
+from ray_ensemble.ensemble.weights import coefficients
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
 from ray_ensemble.models import (
@@ -221,18 +221,18 @@ class Predictor:
 
 
 def ensemble_parts(ensemble: Mapping[str, Any], task: str, warm: bool) -> dict[str | None, float]:
-    """Folders in the run of the adapters that a dataset's ensemble uses, and c_a of each: score = Σ c_a s_a (DESIGN section 2.7).
+    """Folders in the run of the adapters that a dataset's ensemble uses, and the coefficient of each (`weights.coefficients`).
 
-    Weights w of the groups' adapters, η of each booster, and −η for each booster of the start: the bare base, None, or
-    where θ₀ was trained (`warm`) its adapter.
+    Where θ₀ was trained (`warm`) its adapter is one of them, else the bare base, None.
     """
-    weights = zip(ensemble["adapters"], ensemble["weights"][task], strict=True)
-    parts: dict[str | None, float] = {f"adapters/{name}": float(w) for name, w in weights if w > 0}
-    boosters, step = boosters_of(ensemble["boosting"], task)
-    if boosters:
-        parts |= {f"boosters/{name}": step for name in boosters}
-        parts["start" if warm else None] = -step * len(boosters)
-    return parts
+    boosters = ensemble["boosting"]["adapters"]
+
+    def folder(name: str) -> str | None:
+        if name == "start":
+            return "start" if warm else None
+        return f"{'boosters' if name in boosters else 'adapters'}/{name}"
+
+    return {folder(name): share for name, share in coefficients(ensemble, task).items()}
 
 
 def _prediction(labels: Sequence[str], probabilities: NDArray[np.float64]) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +13,10 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize
 from scipy.special import log_softmax, softmax
 
+from ray_ensemble.ensemble.shrinkage import Choice, choose, cross_fitted
+
 FloatArray = NDArray[np.floating[Any]]
 
-PRIOR_EXAMPLES = 2.0  # validation examples that the trust in a dataset's own group is worth
 LONGEST_STEP = 100.0  # η where validation sets no bound; boosters are short steps
 _NEGLIGIBLE = 1e-2  # a smaller weight is set to zero, which saves its adapter's forward pass
 
@@ -33,47 +37,112 @@ def combine(scores: FloatArray, weights: FloatArray) -> NDArray[np.float64]:
     return combined
 
 
-def fit_weights(scores: FloatArray, labels: NDArray[np.integer[Any]], own: int) -> NDArray[np.float64]:
-    """Weights of one dataset on the simplex: the convex minimum of its validation loss with a prior on its own group.
+def fit_weights(
+    scores: FloatArray, labels: NDArray[np.integer[Any]], prior: FloatArray, strength: float
+) -> NDArray[np.float64]:
+    """Weights of one dataset on the simplex: the convex minimum of its validation loss and its distance from a prior.
 
-    minimise (1/V) Σ_x −log softmax(Σ_g w_g s_g(x))_y − (c/V) log w_own. The second term counts as c validation examples that
-    favour the dataset's own group, so that a small validation set does not move weight on noise.
+    minimise (1/V) Σ_x −log softmax(Σ_g w_g s_g(x))_y − (c/V) Σ_g p_g log w_g. The second term is the divergence of w from the
+    prior p, which counts as much as c validation examples. With all of p on one adapter its slope stays finite, so that small
+    gains leave all weight there.
 
     Args:
         scores: (m, V, K) label scores of the m adapters on V validation examples.
         labels: (V,).
-        own: the dataset's own group.
+        prior: p (m,) on the simplex: the dataset's own group alone, or all adapters alike.
+        strength: c ≥ 0; at infinity the prior itself is returned.
 
     Returns:
         (m,) float64, non-negative, of sum 1; weights under 1% are zero.
     """
     adapters, count, _ = scores.shape
-    if adapters == 1:
-        return np.ones(1)
+    if adapters == 1 or math.isinf(strength):
+        return np.array(prior, dtype=np.float64)
     values = log_softmax(scores.astype(np.float64), axis=2)  # (m, V, K)
-    rows = np.arange(count)
+    rows, trusted = np.arange(count), prior > 0
+    pull = strength / count * prior[trusted]
 
     def objective(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         combined = np.tensordot(w, values, axes=1)  # (V, K)
         loss = -log_softmax(combined, axis=1)[rows, labels].mean()
         residual = softmax(combined, axis=1)
         residual[rows, labels] -= 1.0
-        gradient = np.einsum("vk,mvk->m", residual, values) / count  # (V, K) · (m, V, K)
-        trust = PRIOR_EXAMPLES / count
-        gradient[own] -= trust / max(w[own], 1e-12)
-        return float(loss - trust * np.log(max(w[own], 1e-12))), gradient
+        gradient = np.tensordot(values, residual, axes=2) / count  # (m, V, K) · (V, K)
+        held = np.maximum(w[trusted], 1e-12)
+        gradient[trusted] -= pull / held
+        return float(loss - pull @ np.log(held)), gradient
 
-    start = np.full(adapters, 0.5 / adapters)
-    start[own] += 0.5
     found = minimize(
-        objective, start, jac=True, method="SLSQP", bounds=[(0.0, 1.0)] * adapters,
+        objective, 0.5 / adapters + 0.5 * prior, jac=True, method="SLSQP", bounds=[(0.0, 1.0)] * adapters,
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1.0, "jac": np.ones_like},
-        options={"maxiter": 500, "ftol": 1e-12},
+        options={"maxiter": 500, "ftol": 1e-10},
     )  # fmt: skip
-    weights: NDArray[np.float64] = np.clip(found.x, 0.0, 1.0)
-    weights[weights < _NEGLIGIBLE] = 0.0
-    weights /= weights.sum()
-    return weights
+    return _without_crumbs(np.clip(found.x, 0.0, 1.0))
+
+
+@dataclass(frozen=True)
+class LearnedWeights:
+    """Weights (m,) of each dataset, what held-out examples say of the strengths, and held-out losses in nats.
+
+    `losses` has for each dataset those of `learned` (cross-fitted), `prior` and `uniform` weights; None for fewer than two
+    examples.
+    """
+
+    weights: list[NDArray[np.float64]]
+    choice: Choice
+    losses: list[dict[str, float] | None]
+
+
+def learn_weights(
+    scores: Sequence[FloatArray], labels: Sequence[NDArray[np.integer[Any]]], priors: Sequence[FloatArray]
+) -> LearnedWeights:
+    """Weights of every dataset: the mean of its `fit_weights` at all strengths, each counted as held-out examples speak for it.
+
+    What speaks for a strength are the held-out examples of all datasets together (`choose`). The loss is convex in the weights,
+    so that of their mean is at most the mean of their losses; a single strength, chosen on a few dozen examples of losses
+    with a long tail, does worse. Datasets of fewer than two examples keep their prior.
+
+    Args:
+        scores: of each dataset (m, V, K).
+        labels: of each (V,).
+        priors: of each (m,).
+    """
+    held_out = [
+        cross_fitted(len(y), partial(_weighted, s, y, prior)) if len(y) > 1 else None
+        for s, y, prior in zip(scores, labels, priors, strict=True)
+    ]
+    choice = choose([_losses(found, y) for found, y in zip(held_out, labels, strict=True) if found is not None])
+    shares = np.array(choice.shares)
+    weights: list[NDArray[np.float64]] = []
+    losses: list[dict[str, float] | None] = []
+    for s, y, prior, found in zip(scores, labels, priors, held_out, strict=True):
+        if found is None:
+            weights.append(prior.astype(np.float64))
+            losses.append(None)
+            continue
+        weights.append(_without_crumbs(shares @ [fit_weights(s, y, prior, strength) for strength in choice.ladder]))
+        # Scores are linear in the weights, so those of the mean weights are the mean of the scores.
+        compared = {"learned": np.tensordot(shares, found, axes=1), "prior": combine(s, prior)}
+        compared["uniform"] = combine(s, np.full(len(s), 1.0 / len(s)))
+        losses.append({kind: float(label_losses(each, y).mean()) for kind, each in compared.items()})
+    return LearnedWeights(weights, choice, losses)
+
+
+def _weighted(
+    scores: FloatArray, labels: NDArray[np.integer[Any]], prior: FloatArray,
+    fitted: NDArray[np.int64], judged: NDArray[np.int64], strength: float,
+) -> NDArray[np.float64]:  # fmt: skip
+    return combine(scores[:, judged], fit_weights(scores[:, fitted], labels[fitted], prior, strength))
+
+
+def _without_crumbs(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    kept = np.where(weights < _NEGLIGIBLE, 0.0, weights)
+    return np.asarray(kept / kept.sum())
+
+
+def _losses(scores: FloatArray, labels: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """(S, V) of scores (S, V, K)."""
+    return np.stack([label_losses(each, labels) for each in scores])
 
 
 def booster_scores(boosters: FloatArray, start: FloatArray) -> NDArray[np.float64]:
@@ -96,6 +165,27 @@ def boosters_of(boosting: Mapping[str, Any], task: str) -> tuple[list[str], floa
     return list(boosting.get("boosters", {}).get(task, [])), float(boosting.get("step_sizes", {}).get(task, 0.0))
 
 
+def coefficients(ensemble: Mapping[str, Any], task: str) -> dict[str, float]:
+    """What a task's score takes of each adapter's: name -> coefficient, zeros left out; `start` stands for θ₀.
+
+    Σ_g w_g s_g + η Σ_b (s_b − s_θ₀) as one sum over adapters.
+
+    Args:
+        ensemble: the content of `ensemble.json`.
+        task: one of its datasets.
+    """
+    found = dict(zip(ensemble["adapters"], ensemble["weights"][task], strict=True))
+    boosters, step = boosters_of(ensemble["boosting"], task)
+    found |= dict.fromkeys(boosters, step)
+    found["start"] = -step * len(boosters)
+    return {name: float(value) for name, value in found.items() if value}
+
+
+def add_up(scores: Mapping[str, FloatArray], parts: Mapping[str, float]) -> NDArray[np.float64]:
+    """Scores (V, K) of the sum Σ c_a s_a over adapters, `parts` from `coefficients`; `scores[a]` (V, K) raw label scores."""
+    return combine(np.stack([scores[name] for name in parts]), np.array(list(parts.values())))
+
+
 def label_losses(scores: FloatArray, labels: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     """Losses −log softmax(s)_y (V,) of scores (V, K), in nats."""
     losses: NDArray[np.float64] = -log_softmax(scores, axis=1)[np.arange(len(labels)), labels]
@@ -111,38 +201,84 @@ def best_step(scores: FloatArray, direction: FloatArray, labels: NDArray[np.inte
         labels: (V,).
     """
 
-    def slope(step: float) -> float:
-        return float(_slopes(scores, direction, labels, step).mean())
-
-    if slope(0.0) >= 0:
-        return 0.0
-    return LONGEST_STEP if slope(LONGEST_STEP) <= 0 else float(brentq(slope, 0.0, LONGEST_STEP))
+    return _lowest(scores, direction, labels, 0.0, LONGEST_STEP)
 
 
 def fit_step_size(
-    scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]], longest: float = LONGEST_STEP
+    scores: FloatArray,
+    direction: FloatArray,
+    labels: NDArray[np.integer[Any]],
+    strength: float,
+    longest: float = LONGEST_STEP,
 ) -> float:
-    """Step size η ≥ 0 of one dataset: the best on its validation examples, shrunk by what chance could have made of it.
+    """Step size η ≥ 0 of one dataset on its validation examples, pulled towards 0.
 
-    η = (1 − 1/z²)₊ · min(argmin of the validation loss, `longest`), z the loss's slope at η = 0 in standard errors. So η is zero
-    where the loss falls by no more than chance would let it, and hardly less than the minimum where it falls plainly (the
-    non-negative garrote of Breiman 1995, Technometrics 37). η·d does not depend on the length of d.
+    minimise (1/V) Σ_x −log softmax(s(x) + η d(x))_y + (c/V) r η, convex in η, r the root mean square of the examples' slopes at
+    η = 0. So c counts as that many validation examples that speak against the direction as loudly as one does on average,
+    and η·d does not depend on the length of d.
 
     Args:
         scores: (V, K) scores of the ensemble.
         direction: (V, K) what is added at η = 1.
         labels: (V,).
+        strength: c ≥ 0; at infinity η is 0.
         longest: the best η on training examples, of which there are more: a few validation examples that are all right under
             some direction would have η grow for ever.
-
-    Returns:
-        η; 0 where there are fewer than two examples.
     """
-    first = _slopes(scores, direction, labels, 0.0)
-    if len(first) < 2 or first.mean() >= 0:
+    if math.isinf(strength) or longest <= 0:
         return 0.0
-    chance = float(first.var(ddof=1) / len(first) / first.mean() ** 2)  # 1/z²
-    return max(0.0, 1.0 - chance) * min(longest, best_step(scores, direction, labels))
+    first = _slopes(scores, direction, labels, 0.0)
+    pull = strength / len(first) * float(np.sqrt((first**2).mean()))
+    return _lowest(scores, direction, labels, pull, longest)
+
+
+@dataclass(frozen=True)
+class LearnedSteps:
+    """Step sizes of several datasets, the strength that they share, and mean held-out loss of each in nats."""
+
+    steps: list[float]
+    choice: Choice
+    losses: list[float]
+
+
+def learn_step_sizes(
+    scores: Sequence[FloatArray],
+    directions: Sequence[FloatArray],
+    labels: Sequence[NDArray[np.integer[Any]]],
+    longest: Sequence[float],
+) -> LearnedSteps:
+    """Step sizes by `fit_step_size`, pulled towards 0 as strongly as held-out examples of all these datasets ask for.
+
+    They are all 0 where no strength lowers the held-out loss by more than its standard error, and so is that of a dataset whose
+    own held-out examples are no better off.
+
+    Args:
+        scores: of each dataset (V, K).
+        directions: of each (V, K).
+        labels: of each (V,).
+        longest: of each, as for `fit_step_size`.
+    """
+    held_out = [
+        _losses(cross_fitted(len(y), partial(_stepped, s, d, y, most)), y) if len(y) > 1 else None
+        for s, d, y, most in zip(scores, directions, labels, longest, strict=True)
+    ]
+    choice = choose([found for found in held_out if found is not None])
+    place = choice.ladder.index(choice.strength)
+    steps, losses = [], []
+    for s, d, y, most, found in zip(scores, directions, labels, longest, held_out, strict=True):
+        still = float(label_losses(s, y).mean())
+        reached = still if found is None else float(found[place].mean())
+        steps.append(fit_step_size(s, d, y, choice.strength, most) if reached < still else 0.0)
+        losses.append(reached if steps[-1] > 0 else still)
+    return LearnedSteps(steps, choice, losses)
+
+
+def _stepped(
+    scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]], longest: float,
+    fitted: NDArray[np.int64], judged: NDArray[np.int64], strength: float,
+) -> NDArray[np.float64]:  # fmt: skip
+    step = fit_step_size(scores[fitted], direction[fitted], labels[fitted], strength, longest)
+    return np.asarray(scores[judged] + step * direction[judged])
 
 
 def _slopes(
@@ -152,3 +288,16 @@ def _slopes(
     share = softmax(scores + step * direction, axis=1)
     found: NDArray[np.float64] = (share * direction).sum(axis=1) - direction[np.arange(len(labels)), labels]
     return found
+
+
+def _lowest(
+    scores: FloatArray, direction: FloatArray, labels: NDArray[np.integer[Any]], pull: float, longest: float
+) -> float:
+    """η in [0, `longest`] of least mean loss + pull · η."""
+
+    def slope(step: float) -> float:
+        return float(_slopes(scores, direction, labels, step).mean()) + pull
+
+    if slope(0.0) >= 0:
+        return 0.0
+    return longest if slope(longest) <= 0 else float(brentq(slope, 0.0, longest))

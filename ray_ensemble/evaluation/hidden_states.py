@@ -1,12 +1,14 @@
-"""What the untouched base makes of each task's prompts: mean hidden states, computed by Ray actors and kept as files.
+"""What the untouched base makes of prompts: hidden states, computed by Ray actors and kept as files.
 
-They are a baseline's view of which tasks are alike: no label, no gradient and no adapter goes into them.
+No label, no gradient and no adapter goes into them: they are a baseline's view of which tasks are alike, what the router tells
+datasets by, and what a dataset without labels is compared by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,16 +38,13 @@ from ray_ensemble.tasks import EncodedExample, EncodedTask
 _PROMPT = LabelTree.of(((0,),))
 
 Means = NDArray[np.float64]
+States = NDArray[np.float32]
 
 
-def last_prompt_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states (N, H) of the last layer, after the final norm, at the last column of a batch of bare prompts.
-
-    It is the state from which label words are scored, the only one that has seen the whole prompt; a mean over all tokens
-    would mostly tell how long the template is.
-    """
-    states: Tensor = model.base_model(**model_inputs(model, batch)).last_hidden_state  # (N, T, H)
-    return states[:, -1]
+def prompt_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Hidden states (N, T, H) of the last layer, after the final norm, of a batch of bare prompts."""
+    states: Tensor = model.base_model(**model_inputs(model, batch)).last_hidden_state
+    return states
 
 
 class HiddenStateReplica:
@@ -59,15 +58,34 @@ class HiddenStateReplica:
         self._pad_id, self._batch_tokens = spec.pad_id, batch_tokens
 
     def mean(self, examples: tuple[EncodedExample, ...]) -> Means:
-        """Mean (H,) float64 over the examples of their `last_prompt_states`."""
+        """Mean (H,) float64 over the examples of the states at their prompts' last tokens.
+
+        It is the state from which label words are scored, the only one that has seen the whole prompt; a mean over all tokens
+        would mostly tell how long the template is.
+        """
         total = torch.zeros((), dtype=torch.float64)
+        for _, states, _ in self._batches(examples):
+            total = total + states[:, -1].cpu().double().sum(dim=0)
+        mean: Means = (total / len(examples)).numpy()
+        return mean
+
+    def pooled(self, examples: tuple[EncodedExample, ...]) -> States:
+        """Mean (N, H) float32 of each example's states over the tokens of its prompt, which without a template are its text."""
+        found: list[tuple[int, States]] = []
+        for indices, states, mask in self._batches(examples):
+            # What stands at padding may be anything, NaN too.
+            seen = states.float().masked_fill(mask[:, :, None] == 0, 0.0)
+            means = seen.sum(dim=1) / mask.sum(dim=1, keepdim=True)  # (N, T, H) -> (N, H)
+            found += zip(indices, means.cpu().numpy(), strict=True)
+        return np.stack([state for _, state in sorted(found, key=lambda pair: pair[0])])
+
+    def _batches(self, examples: Sequence[EncodedExample]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Places, states (N, T, H) and attention masks (N, T) of the examples, batch by batch."""
         with torch.inference_mode():
             for indices in length_sorted_batches([len(e.prompt_ids) for e in examples], self._batch_tokens):
                 chosen = [examples[i] for i in indices]
                 batch = make_batch(chosen, [_PROMPT] * len(chosen), 1, self._pad_id, self._device)
-                total = total + last_prompt_states(self._model, batch).cpu().double().sum(dim=0)
-        mean: Means = (total / len(examples)).numpy()
-        return mean
+                yield indices, prompt_states(self._model, batch), batch.attention_mask
 
 
 def mean_hidden_states(
@@ -88,32 +106,67 @@ def mean_hidden_states(
     Raises:
         InputError, RunError: as for `map_units`.
     """
-    paths = [folder / "hidden_states" / f"{task.name}-{_key(task, config, base)}.npy" for task in tasks]
-    units = {path.stem: task["train"] for path, task in zip(paths, tasks, strict=True) if not _is_vector(path)}
-    if units:
-        size = pool_size(config.replicas, config.threads, len(units))
-        with Bar("hidden states", sum(map(len, units.values())), "examples") as bar:
+    units = {f"{task.name}-{_key(task['train'], 'last prompt token', config, base)}": task["train"] for task in tasks}
+    found = _states(units, "mean", 1, spec, config, folder)
+    return np.stack([found[name] for name in units])
 
-            def keep(name: str, mean: Means) -> None:
-                write_array(folder / "hidden_states" / f"{name}.npy", mean)
-                bar.advance(len(units[name]), name.rpartition("-")[0])
+
+def pooled_hidden_states(
+    texts: Mapping[str, tuple[EncodedExample, ...]],
+    spec: ReplicaSpec,
+    config: GradientsConfig,
+    base: dict[str, str],
+    folder: Path,
+) -> dict[str, States]:
+    """States (N, H) float32 of every example, each the mean over its tokens; kept and computed as `mean_hidden_states`.
+
+    Args:
+        texts: name -> N examples; the names stand in file names.
+        spec: as for `mean_hidden_states`, and so are the other arguments and the errors.
+        config: likewise.
+        base: likewise.
+        folder: the run folder.
+    """
+    names = {name: f"{name}-{_key(examples, 'mean of tokens', config, base)}" for name, examples in texts.items()}
+    found = _states({names[name]: examples for name, examples in texts.items()}, "pooled", 2, spec, config, folder)
+    return {name: found[unit] for name, unit in names.items()}
+
+
+def _states(
+    units: Mapping[str, tuple[EncodedExample, ...]],
+    method: str,
+    dimensions: int,
+    spec: ReplicaSpec,
+    config: GradientsConfig,
+    folder: Path,
+) -> dict[str, NDArray[Any]]:
+    """What `method` of a replica makes of each unit, by file name."""
+    paths = {name: folder / "hidden_states" / f"{name}.npy" for name in units}
+    missing = {name: examples for name, examples in units.items() if not _is_whole(paths[name], dimensions)}
+    if missing:
+        size = pool_size(config.replicas, config.threads, len(missing))
+        with Bar("hidden states", sum(map(len, missing.values())), "examples") as bar:
+
+            def keep(name: str, found: NDArray[Any]) -> None:
+                write_array(paths[name], found)
+                bar.advance(len(missing[name]), name.rpartition("-")[0])
 
             # Longest first, so that no actor is left with a long unit at the end.
-            ordered = dict(sorted(units.items(), key=lambda item: -sum(len(e.prompt_ids) for e in item[1])))
+            ordered = dict(sorted(missing.items(), key=lambda item: -sum(len(e.prompt_ids) for e in item[1])))
             arguments = (spec, config.threads, config.batch_tokens)
             actors = PlainActors(HiddenStateReplica, arguments, config, size)
-            map_units(actors, "mean", ordered, size=size, on_result=keep)
-    return np.stack([np.load(path, allow_pickle=False) for path in paths])
+            map_units(actors, method, ordered, size=size, on_result=keep)
+    return {name: np.load(path, allow_pickle=False) for name, path in paths.items()}
 
 
-def _key(task: EncodedTask, config: GradientsConfig, base: dict[str, str]) -> str:
-    """What a mean depends on, hashed: the prompts, the base, and how batches round."""
-    prompts = [list(example.prompt_ids) for example in task["train"]]
-    how = {"of": "last prompt token", "batch": config.batch_tokens, "threads": config.threads}
+def _key(examples: Sequence[EncodedExample], of: str, config: GradientsConfig, base: dict[str, str]) -> str:
+    """What states depend on, hashed: the prompts, the base, and how batches round."""
+    prompts = [list(example.prompt_ids) for example in examples]
+    how = {"of": of, "batch": config.batch_tokens, "threads": config.threads}
     return sha256_json({"prompts": prompts, "model": base["model"], "quantization": base["quantization"], **how})[:16]
 
 
-def _is_vector(path: Path) -> bool:
+def _is_whole(path: Path, dimensions: int) -> bool:
     try:
         found = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -121,4 +174,4 @@ def _is_vector(path: Path) -> bool:
     except (OSError, ValueError) as error:
         print(f"{path}: damaged ({error}); computing it again", flush=True)
         return False
-    return bool(found.ndim == 1 and np.isfinite(found).all())
+    return bool(found.ndim == dimensions and np.isfinite(found).all())

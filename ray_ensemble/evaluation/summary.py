@@ -17,6 +17,9 @@ _COMPARED = (
     ("group", "qlora_all"),
     ("merged", "ensemble"),
     ("ensemble", "ensemble_unboosted"),
+    ("ensemble", "group"),
+    ("ensemble", "uniform"),
+    ("routed", "ensemble"),
 )
 
 
@@ -42,7 +45,7 @@ def summarise(
         mean[model]["accuracy_interval"] = bootstrap_interval([hits for _, hits in values], seed)
     paired: dict[str, dict[str, Any]] = {}
     for ours, other in _COMPARED:
-        if other in models:
+        if {ours, other} <= set(models):
             paired[f"{ours}_vs_{other}"] = _compared(measured[ours], measured[other], seed)
     if "merged" in models:
         each = zip(outputs, measured["merged"], measured["ensemble"], strict=True)

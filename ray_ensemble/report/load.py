@@ -26,6 +26,8 @@ VARIANTS = {
     "group": "own group's adapter",
     "ensemble": "ensemble",
     "ensemble_unboosted": "ensemble without boosting",
+    "uniform": "uniform weights",
+    "routed": "ensemble, dataset not known",
     "merged": "ensemble merged",
 }
 RIVALS = ("base", "qlora_all", "ensemble")

@@ -75,7 +75,9 @@ def _tiles(data: RunData) -> Html:
 
 def _result(data: RunData, figures: Figures) -> Html:
     variants = data.variants()
-    expected = [name for name in VARIANTS if name != "ensemble_unboosted" or data.config.boosting.steps]
+    settings = data.config.ensemble
+    asked = {"ensemble_unboosted": data.config.boosting.steps, "uniform": settings.baselines, "routed": settings.router}
+    expected = [name for name in VARIANTS if asked.get(name, True)]
     absent = [VARIANTS[name] for name in expected if name not in variants]
     parts: list[object] = [_table(data, [name for name in variants if name in RIVALS])]
     relatives = [name for name in variants if name not in RIVALS]
@@ -303,12 +305,53 @@ def _weights(data: RunData) -> Html:
     parts: list[object] = []
     if weights:
         parts.append(table(["dataset", *map(plain, data.adapters)], rows))
-        how = data.config.ensemble.weights
-        origin = "fitted on the dataset's validation examples" if how == "learned" else "all equal, not fitted"
+        origin = {
+            "learned": "fitted on the dataset's validation examples, held back towards its own group",
+            "own": "all on the dataset's own group, not fitted",
+            "uniform": "all equal, not fitted",
+        }[data.config.ensemble.weights]
         parts.append(paragraph(f"A row holds the weight of each adapter in that dataset's score; {origin}."))
+        parts += _held_out(data)
     else:
         parts.append(paragraph("ensemble.json holds no weights.", class_="note"))
     return section("Weights of the ensemble", *parts, *_boosting(data))
+
+
+def _held_out(data: RunData) -> list[Html]:
+    """What learned weights are worth on examples that they were not fitted on, and the router's figures."""
+    found = data.ensemble.get("held_out") or {}
+    kinds = ("learned", "own", "uniform")
+    parts = []
+    if found:
+        rows: list[list[object]] = [
+            [plain(task), compact(found[task]["examples"]), *(number(found[task][kind]) for kind in kinds)]
+            for task in data.order
+            if task in found
+        ]
+        means = [number(sum(each[kind] for each in found.values()) / len(found)) for kind in kinds]
+        head = ["dataset", "examples", "learned weights", "own group only", "uniform weights"]
+        parts += [
+            element("h3", "Held-out validation loss"),
+            table(head, rows, [f"mean of {len(found)}", "", *means]),
+            paragraph("Learned weights are cross-fitted: an example is judged by weights that were fitted without it."),
+        ]
+    router = data.metrics.get("router")
+    if isinstance(router, dict):
+        rows = [
+            [plain(task), *(measured("accuracy", router["tasks"][task][key]) for key in ("accuracy", "end_to_end"))]
+            for task in data.order
+        ]
+        mean = [measured("accuracy", router["mean"][key]) for key in ("accuracy", "end_to_end")]
+        about = (
+            "The router sees the text without its template. End to end: the picked dataset's prompt and label words are used "
+            "too, and an input that is sent to a dataset which asks something else counts as wrong."
+        )
+        parts += [
+            element("h3", "Where an input's dataset is not known"),
+            table(["dataset", "router's accuracy", "accuracy end to end"], rows, ["mean", *mean]),
+            paragraph(about),
+        ]
+    return parts
 
 
 def _boosting(data: RunData) -> list[Html]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,35 @@ def terminal_summary(folder: Path) -> Group:
         InputError: a file of a finished run is missing or damaged; it is named.
     """
     data = load_run(folder)
-    parts = [_Results(data), *_differences(data), *_partition(data), *_boosting(data), *_cost(data), _path(folder)]
+    parts = [
+        _Results(data),
+        *_differences(data),
+        *_partition(data),
+        *_boosting(data),
+        *_router(data),
+        *_cost(data),
+        _path(folder),
+    ]
     return Group(*parts)
+
+
+def unseen_summary(found: Mapping[str, Any]) -> Group:
+    """The weights of a dataset that was not in the run (`unseen/<name>.json`) as a rich renderable."""
+    rows = [
+        (plain(name, WIDTH), number(weight, 3))
+        for name, weight in zip(found["adapters"], found["weights"], strict=True)
+    ]
+    if found["method"] == "examples":
+        losses = found["held_out"]
+        about = facts.count(found["examples"], "labelled example")
+        rows.append(("held-out loss", f"{number(losses['learned'])}, {number(losses['uniform'])} with uniform weights"))
+    else:
+        about = f"the hidden states of {facts.count(found['examples'], 'prompt')}"
+        near = sorted(found["datasets"].items(), key=lambda item: -item[1]["cosine"])[:NAMES]
+        rows.append(
+            ("most similar", ", ".join(f"{plain(task, WIDTH)} {number(each['cosine'], 2)}" for task, each in near))
+        )
+    return Group(*_block(f"Weights for {plain(found['name'], WIDTH)} from {about}", rows))
 
 
 @dataclass(frozen=True)
@@ -136,6 +164,29 @@ def _boosting(data: RunData) -> list[RenderableType]:
         outcome = f"used by {used} of {facts.count(len(step.sizes), 'dataset')}" if step.kept else "left out"
         rows.append((plain(step.adapter, WIDTH), f"{plain(step.group, WIDTH)}: {', '.join(losses)}; {outcome}"))
     return _block("Boosting", rows) if rows else []
+
+
+def _router(data: RunData) -> list[RenderableType]:
+    found = data.metrics.get("router")
+    if not isinstance(found, dict):
+        return []
+    rows = [
+        (
+            "picks the dataset",
+            f"{measured('accuracy', found['mean']['accuracy'])} of test texts, without their templates",
+        ),
+        *((f"{measure}, routed", _beside(data, measure)) for measure in MEASURES),
+        (
+            "end to end",
+            f"{measured('accuracy', found['mean']['end_to_end'])} accuracy with the picked dataset's prompt too",
+        ),
+    ]
+    return _block("Where an input's dataset is not known", rows)
+
+
+def _beside(data: RunData, measure: Measure) -> str:
+    routed, known = (data.measured(None, variant).get(measure) for variant in ("routed", "ensemble"))
+    return f"{measured(measure, routed)}, {measured(measure, known)} where it is known"
 
 
 def _cost(data: RunData) -> list[RenderableType]:

@@ -7,13 +7,14 @@ result. Everything that is wrong with a source, a prompt or a label is an `Input
 
 from ray_ensemble.tasks.encode import count_truncated, encode_task
 from ray_ensemble.tasks.evals import convert_samples, read_samples
-from ray_ensemble.tasks.folder import find_task_folders, read_folder
+from ray_ensemble.tasks.folder import find_task_folders, read_few, read_folder
 from ray_ensemble.tasks.hub import read_hub
-from ray_ensemble.tasks.load import load_tasks
+from ray_ensemble.tasks.load import check_name, load_tasks
 from ray_ensemble.tasks.preview import preview
 from ray_ensemble.tasks.sources import cache_dir, resolve_source
+from ray_ensemble.tasks.split import sample
 from ray_ensemble.tasks.task import SPLITS, EncodedExample, EncodedTask, Example, Split, Task, split_hash
-from ray_ensemble.tasks.template import prompt_fields, render
+from ray_ensemble.tasks.template import bare_prompt, prompt_fields, render
 
 __all__ = [
     "SPLITS",
@@ -22,7 +23,9 @@ __all__ = [
     "Example",
     "Split",
     "Task",
+    "bare_prompt",
     "cache_dir",
+    "check_name",
     "convert_samples",
     "count_truncated",
     "encode_task",
@@ -30,10 +33,12 @@ __all__ = [
     "load_tasks",
     "preview",
     "prompt_fields",
+    "read_few",
     "read_folder",
     "read_hub",
     "read_samples",
     "render",
     "resolve_source",
+    "sample",
     "split_hash",
 ]

@@ -38,9 +38,7 @@ def load_tasks(tasks: Sequence[TaskConfig], limits: LimitsConfig, base_dir: Path
     taken: dict[str, str] = {}
     for config in tasks:
         for task in _read(config, base_dir):
-            if not _NAME.fullmatch(task.name):
-                allowed = "letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
-                raise InputError(f"{config.source}: the task name {task.name!r} cannot name a folder ({allowed})")
+            check_name(task.name, config.source)
             # Names become folder names, and some file systems do not tell cases apart.
             key = task.name.casefold()
             this = f"'{task.name}' ({config.source})"
@@ -49,6 +47,13 @@ def load_tasks(tasks: Sequence[TaskConfig], limits: LimitsConfig, base_dir: Path
             taken[key] = this
             loaded.append(_limited(task, limits, config.source))
     return loaded
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise `InputError` for a task's name that cannot be a folder's; `where` begins the message."""
+    if not _NAME.fullmatch(name):
+        allowed = "letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
+        raise InputError(f"{where}: the task name {name!r} cannot name a folder ({allowed})")
 
 
 def _read(config: TaskConfig, base_dir: Path) -> list[Task]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from ray_ensemble.tasks.task import Example, Split
+
+T = TypeVar("T")
 
 TRAIN_CAP, VALIDATION_CAP, TEST_CAP = 2000, 500, 1000
 
@@ -61,7 +64,7 @@ def draw_splits(
     return {"train": train, **{split: splits[split] for split in wanted}}
 
 
-def sample(examples: Sequence[Example], size: int | None, seed: int = 0) -> tuple[Example, ...]:
+def sample(examples: Sequence[T], size: int | None, seed: int = 0) -> tuple[T, ...]:
     """`size` random examples (all where `size` is None) in their order; a smaller sample is part of a larger one."""
     if size is None or size >= len(examples):
         return tuple(examples)

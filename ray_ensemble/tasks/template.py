@@ -24,6 +24,11 @@ def render(prompt: str, fields: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: fields[match[1]], prompt)
 
 
+def bare_prompt(prompt: str) -> str:
+    """The fields that a prompt names without its template, a line each: what is known of an input whose dataset is not."""
+    return "".join(f"{{{name}}}\n" for name in prompt_fields(prompt))
+
+
 def checked_prompt(prompt: str | None, where: str) -> str:
     """The prompt itself, if it names at least one field.
 

@@ -35,6 +35,20 @@ def test_batches_give_the_states_of_single_prompts(family, tmp_path):
     assert want.std(axis=0).max() > 0.01
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_is_the_mean_over_its_own_tokens(family, tmp_path):
+    kind, extra, _ = FAMILIES[family]
+    folder = write(kind, extra, tmp_path / "model")
+    examples = examples_of(9, LABELS["single"])
+    model = load_base(folder, "none", CPU)
+    with torch.inference_mode():
+        outputs = [model(input_ids=torch.tensor([e.prompt_ids]), output_hidden_states=True) for e in examples]
+    want = [output.hidden_states[-1][0].double().mean(dim=0).numpy() for output in outputs]
+    found = HiddenStateReplica(ReplicaSpec(str(folder), "none", "unused", 0), 1, 40).pooled(tuple(examples))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
 def task(name: str, examples: list[EncodedExample]) -> EncodedTask:
     splits = {"train": tuple(examples), "validation": (), "test": ()}
     return EncodedTask(name, ("a", "b", "c"), LABELS["single"], splits, name)

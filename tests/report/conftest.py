@@ -191,6 +191,21 @@ def boosted_folder(run_of):
     return folder
 
 
+@pytest.fixture
+def routed_folder(run_of):
+    """A finished run folder with cross-fitted losses of the weights, uniform weights and a router measured."""
+    folder = run_of()
+    ensemble, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("ensemble", "metrics"))
+    held_out = {task: {"examples": 16, "learned": 0.41, "own": 0.43, "uniform": 0.52} for task in ensemble["weights"]}
+    write(folder / "ensemble.json", {**ensemble, "held_out": held_out})
+    for models in (*metrics["tasks"].values(), metrics["mean"]):
+        models |= {"uniform": models["base"], "routed": models["merged"]}
+    figures = {"accuracy": 0.9412, "end_to_end": 0.7312}
+    router = {"tasks": dict.fromkeys(ensemble["weights"], figures), "mean": figures, "mixture": True}
+    write(folder / "metrics.json", {**metrics, "router": router})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory):
     """`run_of(groups=…, labels=…, n=…)`: a new finished run folder without its report."""

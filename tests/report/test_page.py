@@ -266,3 +266,19 @@ def test_boosting_steps_are_told_those_that_failed_too(boosted_folder, html):
     assert "booster-1 (left out) group-1 – – – – –" in text
     assert "Boosting ended: to first order no booster lowers the validation loss of group 1." in text
     assert "There were no boosting steps." in Page(html).text
+
+
+def test_held_out_losses_and_routing_are_shown_where_they_were_measured(routed_folder, run_folder):
+    def shown(folder):
+        return Page(str(page(load_run(folder), defaultdict(lambda: Html(""))))).text
+
+    text = shown(routed_folder)
+    assert "own group only uniform weights" in text
+    assert "0.410 0.430 0.520" in text
+    assert "router's accuracy" in text
+    assert "94.1% 73.1%" in text
+    assert "ensemble, dataset not known" in text
+    plain = shown(run_folder)
+    assert "router's accuracy" not in plain
+    assert "Held-out validation loss" not in plain
+    assert "uniform weights" not in plain

@@ -96,3 +96,12 @@ def test_boosting_steps_are_one_line_each(boosted_folder, run_folder):
     )
     assert "booster-1 group-1: training loss – → –, validation loss – → –; left out" in text
     assert "Boosting" not in printed(run_folder)
+
+
+def test_the_router_is_told_beside_the_known_dataset(routed_folder, run_folder):
+    text = printed(routed_folder)
+    mean = json.loads((routed_folder / "metrics.json").read_text())["mean"]
+    assert "94.1% of test texts" in text
+    assert "73.1% accuracy with the picked dataset's prompt" in text
+    assert f"{mean['routed']['loss']:.3f}, {mean['ensemble']['loss']:.3f} where it is known" in text
+    assert "is not known" not in printed(run_folder)

@@ -10,7 +10,7 @@ from task_data import write_jsonl, write_task
 
 from ray_ensemble.config import TaskConfig
 from ray_ensemble.errors import InputError
-from ray_ensemble.tasks import find_task_folders, read_folder
+from ray_ensemble.tasks import find_task_folders, read_few, read_folder
 
 
 def read(folder: Path, **config: Any) -> Any:
@@ -131,3 +131,21 @@ def test_folders_of_tasks_are_found_by_name(tmp_path: Path) -> None:
         InputError, match=r"notes: neither a task folder \(no task\.json\) nor a folder of task folders"
     ):
         find_task_folders(tmp_path / "suite/notes")
+
+
+def test_a_few_examples_may_lack_labels_and_files(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": "a", "label": 1}, {"text": "b"}, {"text": "c", "label": None}]
+    folder = write_task(tmp_path / "books", train=rows, validation=[{"text": "d", "label": "negative"}])
+    config = TaskConfig(source=str(folder))
+    task = read_few(folder, config)
+    assert [(example.fields["text"], example.label) for example in task["train"]] == [("a", 1), ("d", 0)]
+    assert [example.fields["text"] for example in task["test"]] == ["b", "c"], "the test file is left alone"
+    (folder / "validation.jsonl").unlink()
+    (folder / "test.jsonl").unlink()
+    assert [example.label for example in read_few(folder, config)["train"]] == [1]
+    write_jsonl(folder / "train.jsonl", [{"label": 1}])
+    with pytest.raises(InputError, match=r"train\.jsonl:1: no field 'text'"):
+        read_few(folder, config)
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(InputError, match=r"no examples in train\.jsonl or validation\.jsonl"):
+        read_few(folder, config)
