@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_ensemble.evaluation.metrics import bootstrap_interval, losses_and_hits, metric, paired_difference
+from ray_ensemble.evaluation.metrics import (
+    bootstrap_interval,
+    losses_and_hits,
+    metric,
+    paired_difference,
+    shape_measures,
+)
 
 _Values = Sequence[tuple[NDArray[np.float64], NDArray[np.bool_]]]
 
@@ -43,6 +49,9 @@ def summarise(
     for model, values in measured.items():
         mean[model]["loss_interval"] = bootstrap_interval([losses for losses, _ in values], seed)
         mean[model]["accuracy_interval"] = bootstrap_interval([hits for _, hits in values], seed)
+        mean[model] |= shape_measures(
+            [outputs[name][model] for name in outputs], [labels[name] for name in outputs], seed
+        )
     paired: dict[str, dict[str, Any]] = {}
     for ours, other in _COMPARED:
         if {ours, other} <= set(models):

@@ -86,7 +86,10 @@ def _result(data: RunData, figures: Figures) -> Html:
     parts += _merged(data)
     if absent:
         parts.append(paragraph(f"Not measured in this run: {', '.join(absent)}.", class_="note"))
-    lines = []
+    called = {variant: VARIANTS[variant] for variant in variants}
+    lines = [
+        f"{measure.capitalize()}, mean over datasets: {text}." for measure, text in facts.means(data, called).items()
+    ]
     for measure in MEASURES:
         found = facts.comparison(data, measure)
         if found:

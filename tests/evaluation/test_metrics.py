@@ -5,13 +5,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
+from sklearn.metrics import f1_score
 
 from ray_ensemble.evaluation import metrics
 from ray_ensemble.evaluation.metrics import (
+    MEASURES,
     bootstrap_interval,
+    calibration_error,
     losses_and_hits,
+    macro_f1,
     metric,
     paired_difference,
+    resample,
     wilson_interval,
 )
 from ray_ensemble.evaluation.summary import summarise
@@ -97,11 +103,14 @@ def test_wrong_input_is_refused(scores, labels, message):
 def test_metric_has_the_keys_of_metrics_json_and_is_json():
     scores, labels = draw()
     found = metric(scores.astype(np.float32), labels.astype(np.int32), seed=3)
-    assert list(found) == ["loss", "accuracy", "n", "loss_interval", "accuracy_interval"]
+    assert set(found) == {"n", *MEASURES, *(f"{measure}_interval" for measure in MEASURES)}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["n"] == 40
     assert found["loss_interval"][0] < found["loss"] < found["loss_interval"][1]
     assert found["accuracy_interval"][0] < found["accuracy"] < found["accuracy_interval"][1]
+    assert found["macro_f1"] == macro_f1(scores.astype(np.float32), labels)
+    assert found["macro_f1_interval"][0] < found["macro_f1"] < found["macro_f1_interval"][1]
+    assert found["ece"] == calibration_error(scores.astype(np.float32), labels)
 
 
 def test_same_seed_same_interval_other_seed_another():
@@ -222,3 +231,147 @@ def test_merged_is_held_against_unmerged_on_every_task():
 def test_what_cannot_be_paired_is_refused(a, b, message):
     with pytest.raises(ValueError, match=message):
         paired_difference(a, b)
+
+
+def slow_calibration_error(scores, labels, bins=15):
+    """Bin by bin, as Guo et al. write it: Σ |B|/N · |accuracy(B) − confidence(B)|."""
+    shares = softmax(scores, axis=1)
+    error = 0.0
+    for i in range(bins):
+        inside = [(row, y) for row, y in zip(shares, labels, strict=True) if i / bins < row.max() <= (i + 1) / bins]
+        if inside:
+            accuracy = sum(row.argmax() == y for row, y in inside) / len(inside)
+            confidence = sum(row.max() for row, _ in inside) / len(inside)
+            error += len(inside) / len(labels) * abs(accuracy - confidence)
+    return error
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_macro_f1_is_that_of_scikit_learn(seed):
+    # Of many classes and few examples some are neither labels nor predictions, or only one of them.
+    scores, labels = draw(n=9, k=2 + 2 * seed, seed=seed)
+    assert macro_f1(scores, labels) == pytest.approx(f1_score(labels, scores.argmax(axis=1), average="macro"))
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_calibration_error_is_that_of_the_definition(k):
+    scores, labels = draw(n=200, k=k, seed=k)
+    assert calibration_error(scores, labels) == pytest.approx(slow_calibration_error(scores, labels))
+
+
+def test_calibration_error_by_hand():
+    sure = np.log([[0.8, 0.2]] * 10)
+    assert calibration_error(sure, [0] * 8 + [1] * 2) == pytest.approx(0.0)
+    assert calibration_error(sure, [0] * 5 + [1] * 5) == pytest.approx(0.3)
+    assert calibration_error([[500.0, -500.0]], [1]) == 1.0
+    # 0.6 is the upper end of bin 9 and in it, as 0.58 is; in bins apart the gaps would not cancel.
+    assert calibration_error(np.log([[0.6, 0.4], [0.58, 0.42]]), [0, 1]) == pytest.approx(0.09)
+
+
+def trainings(seed, sizes=((30, 3), (17, 2)), count=3, skill=1.0):
+    generator = np.random.default_rng(seed)
+    labels = [np.random.default_rng([99, n]).integers(k, size=n) for n, k in sizes]
+    scores = [generator.normal(size=(count, n, k)) for n, k in sizes]
+    return [s + skill * np.eye(k)[y] for s, y, (_, k) in zip(scores, labels, sizes, strict=True)], labels
+
+
+def slow_measures(scores, labels):
+    losses = [slow_loss(row, y) for row, y in zip(scores, labels, strict=True)]
+    predicted = scores.argmax(axis=1)
+    f1 = f1_score(labels, predicted, average="macro")
+    return np.mean(losses), np.mean(predicted == labels), f1, slow_calibration_error(scores, labels)
+
+
+def slow_draws(scores, labels, seed, resamples):
+    """Resample after resample: redraw examples and trainings, measure every task anew, and average."""
+    tasks = range(len(scores))
+    picks = [np.random.default_rng([seed, t]).integers(len(labels[t]), size=(resamples, len(labels[t]))) for t in tasks]
+    chosen = np.random.default_rng([seed, len(scores)]).integers(len(scores[0]), size=(resamples, len(scores[0])))
+    return np.array(
+        [
+            np.mean(
+                [slow_measures(scores[t][r][picks[t][b]], labels[t][picks[t][b]]) for t in tasks for r in chosen[b]],
+                axis=0,
+            )
+            for b in range(resamples)
+        ]
+    )
+
+
+def test_resampling_examples_and_trainings_equals_the_slow_way():
+    a, labels = trainings(1)
+    b, _ = trainings(2, skill=0.5)
+    ours, other = resample(a, labels, seed=7, resamples=40), resample(b, labels, seed=7, resamples=40)
+    slow, slow_other = slow_draws(a, labels, 7, 40), slow_draws(b, labels, 7, 40)
+    np.testing.assert_allclose(ours.draws, slow, rtol=1e-10)
+    for place, measure in enumerate(MEASURES):
+        each = [np.mean([slow_measures(a[t][r], labels[t])[place] for t in range(2)]) for r in range(3)]
+        against = [np.mean([slow_measures(b[t][r], labels[t])[place] for t in range(2)]) for r in range(3)]
+        assert ours.value(measure) == pytest.approx(np.mean(each))
+        found = ours.minus(other, measure)
+        assert found["by_training"] == pytest.approx(np.subtract(each, against))
+        assert found["difference"] == pytest.approx(np.mean(each) - np.mean(against))
+        percentiles = np.percentile(slow[:, place] - slow_other[:, place], [2.5, 97.5])
+        assert found["interval"] == pytest.approx(percentiles)
+
+
+def test_of_one_training_it_is_the_bootstrap_over_examples():
+    a, labels = trainings(3, count=1)
+    b, _ = trainings(4, count=1)
+    measured = [[losses_and_hits(s[0], y) for s, y in zip(model, labels, strict=True)] for model in (a, b)]
+    ours = resample(a, labels, seed=5)
+    for place, measure in enumerate(MEASURES[:2]):
+        values = [[each[place] for each in model] for model in measured]
+        found, known = ours.minus(resample(b, labels, seed=5), measure), paired_difference(*values, seed=5)
+        assert found["difference"] == pytest.approx(known["difference"])
+        assert found["interval"] == pytest.approx(known["interval"])
+        assert ours.interval(measure) == pytest.approx(bootstrap_interval(values[0], seed=5))
+
+
+def test_trainings_that_differ_widen_the_interval():
+    same, labels = trainings(6, count=1)
+
+    def spread_out(by):
+        moved = by * np.array([-1, 0, 1])[:, None, None]
+        return [s + moved * np.eye(s.shape[2])[y] for s, y in zip(same, labels, strict=True)]
+
+    narrow, broad = (np.diff(resample(spread_out(by), labels).interval("loss")) for by in (0.0, 1.0))
+    assert broad > 1.5 * narrow
+
+
+@pytest.mark.parametrize(("over", "basic", "percentile"), [(0.0, 30, 0), (0.1, 50, 60)])
+def test_the_interval_of_the_calibration_error_can_hold_the_truth(over, basic, percentile):
+    """Of 60 samples of a model that is over-confident by so much. No percentile interval holds a truth of zero."""
+    generator = np.random.default_rng(9)
+    held = by_percentiles = 0
+    for _ in range(60):
+        sure = generator.uniform(0.55, 0.95, size=150)
+        labels = (generator.random(150) < sure - over).astype(int)
+        found = resample([np.log(np.stack([1 - sure, sure], axis=1))[None]], [labels], resamples=300)
+        low, high = found.interval("ece")
+        held += low <= over <= high
+        low, high = np.percentile(found.draws[:, MEASURES.index("ece")], [2.5, 97.5])
+        by_percentiles += low <= over <= high
+    assert held >= basic
+    assert by_percentiles <= percentile
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        ([], [], "0 tasks"),
+        ([np.zeros((1, 2, 2))], [[0, 1], [0, 1]], "1 tasks and labels of 2"),
+        ([np.zeros((1, 2, 2)), np.zeros((2, 2, 2))], [[0, 1], [0, 1]], "1, 2 trainings"),
+        ([np.zeros((1, 3, 2))], [[0, 1]], "do not go with"),
+    ],
+)
+def test_what_cannot_be_resampled_is_refused(scores, labels, message):
+    with pytest.raises(ValueError, match=message):
+        resample(scores, labels)
+
+
+def test_other_numbers_of_trainings_are_not_paired():
+    a, labels = trainings(1, count=2)
+    b, _ = trainings(2, count=1)
+    with pytest.raises(ValueError, match="2 trainings of one model, 1 of the other"):
+        resample(a, labels).minus(resample(b, labels), "loss")

@@ -105,3 +105,16 @@ def test_the_router_is_told_beside_the_known_dataset(routed_folder, run_folder):
     assert "73.1% accuracy with the picked dataset's prompt" in text
     assert f"{mean['routed']['loss']:.3f}, {mean['ensemble']['loss']:.3f} where it is known" in text
     assert "is not known" not in printed(run_folder)
+
+
+def test_macro_f1_and_calibration_are_told_where_they_were_measured(run_folder):
+    path = run_folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    mean = metrics["mean"]
+    line = f"one QLoRA {100 * mean['qlora_all']['macro_f1']:.1f}% ["
+    assert line in printed(run_folder, 200)
+    assert f"ensemble {100 * mean['ensemble']['ece']:.1f}% [" in printed(run_folder, 200)
+    for each in mean.values():
+        del each["macro_f1"], each["ece"]
+    path.write_text(json.dumps(metrics))
+    assert "Means over datasets" not in printed(run_folder, 200)
