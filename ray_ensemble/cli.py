@@ -92,6 +92,18 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from ray_ensemble.ensemble.export import check_push, export_run, push_to_hub, vllm_command
+
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
+    folder = export_run(options.run, options.output)
+    print(f"exported to {folder}; with vLLM, BASE being the base model:\n{vllm_command(folder)}")
+    if options.push_to_hub is not None:
+        print(f"pushed to {push_to_hub(folder, options.push_to_hub)}")
+    return 0
+
+
 def _submit(options: argparse.Namespace) -> int:
     from ray_ensemble.submission import Submission, submit
 
@@ -134,7 +146,7 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-_OTHERS = {"predict": _predict, "submit": _submit, "status": _status}
+_OTHERS = {"predict": _predict, "export": _export, "submit": _submit, "status": _status}
 
 
 def _print(*renderables: Any) -> None:
@@ -174,6 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("run", help="the run folder")
     predict.add_argument("--task", required=True, help="the dataset whose prompt, labels and weights to use")
     predict.add_argument("--input", default=None, help="a JSONL file of fields (default: standard input)")
+    export = verbs.add_parser("export", help="a finished run's adapters as a folder for peft, vLLM and the hub")
+    export.add_argument("run", help="the run folder")
+    export.add_argument("--output", "-o", required=True, help="the folder to write; it must not exist or be empty")
+    export.add_argument(
+        "--push-to-hub", default=None, metavar="OWNER/NAME", help="upload it too; a new repository is private"
+    )
     submit = verbs.add_parser("submit", help="run a job on a Ray cluster elsewhere, by its job server")
     submit.add_argument("job", nargs="?", default=None, help="the job file; data at relative paths are sent with it")
     submit.add_argument("--address", required=True, help="the job server, such as http://127.0.0.1:8265")
