@@ -79,7 +79,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from ray_ensemble.ensemble import Predictor, read_rows
 
-    predictor = Predictor(options.run, options.task)
+    predictor = Predictor(options.run, [options.task])
     if options.input is None:
         rows = read_rows(sys.stdin, "standard input")
     else:
@@ -87,7 +87,7 @@ def _predict(options: argparse.Namespace) -> int:
             rows = read_rows(Path(options.input).read_text(encoding="utf-8").splitlines(), options.input)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--input {options.input}: cannot be read ({error})") from None
-    for prediction in predictor.predict(rows):
+    for prediction in predictor.predict([(options.task, row) for row in rows]):
         print(json.dumps(prediction, ensure_ascii=False))
     return 0
 

@@ -87,16 +87,16 @@ def test_prediction_is_the_documented_sum(ridge, unboosted):
         for booster in (copy / "boosters").iterdir():
             shutil.copytree(booster, copy / "adapters" / booster.name)
         shutil.copytree(copy / "init", copy / "adapters" / "init")
-        found = Predictor(copy, task).predict(rows)
+        found = Predictor(copy, [task]).predict([(task, row) for row in rows])
         return np.log([list(row["probabilities"].values()) for row in found])
 
     scores = sum(w * alone(name) for name, w in zip(ensemble["adapters"], ensemble["weights"][task], strict=True) if w)
     start = alone("init")
     for booster in ensemble["boosting"]["boosters"][task]:
         scores = scores + ensemble["boosting"]["step_sizes"][task] * (log_softmax(alone(booster), axis=1) - start)
-    found = [list(row["probabilities"].values()) for row in Predictor(ridge, task).predict(rows)]
+    found = [list(row["probabilities"].values()) for row in Predictor(ridge, [task]).predict([(task, row) for row in rows])]
     np.testing.assert_allclose(found, softmax(scores, axis=1), atol=1e-3)
-    plain = [list(row["probabilities"].values()) for row in Predictor(unboosted, task).predict(rows)]
+    plain = [list(row["probabilities"].values()) for row in Predictor(unboosted, [task]).predict([(task, row) for row in rows])]
     assert np.abs(np.array(found) - np.array(plain)).max() > 1e-3
 
 

@@ -1,7 +1,7 @@
 """One prediction from many adapters: weights per dataset, inference on one base, and merging into one adapter."""
 
 from ray_ensemble.ensemble.merge import merge_adapters
-from ray_ensemble.ensemble.prediction import Predictor, read_rows
+from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request, read_rows
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
 from ray_ensemble.ensemble.weights import (
     best_step,
@@ -14,7 +14,9 @@ from ray_ensemble.ensemble.weights import (
 )
 
 __all__ = [
+    "PredictedTask",
     "Predictor",
+    "Request",
     "ScoreRequest",
     "Scored",
     "best_step",

@@ -1,96 +1,200 @@
-"""Predictions of a finished run's ensemble, in this process: one base, a dataset's adapters one after the other."""
+"""Predictions of a finished run's ensembles, in this process: one base, and all adapters of all its datasets on it at once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
+import torch
+from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
 
 from ray_ensemble.config import load_config
-from ray_ensemble.ensemble.scoring import ScoreRequest, ScoringReplica
-from ray_ensemble.ensemble.weights import booster_scores, boosters_of, combine
+from ray_ensemble.ensemble.weights import boosters_of
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
-from ray_ensemble.gradients import ReplicaSpec
-from ray_ensemble.models import load_tokenizer, materialise, quiet_libraries
-from ray_ensemble.tasks import Example, Split, Task, encode_task, prompt_fields
+from ray_ensemble.models import (
+    LabelTree,
+    MixedAdapters,
+    default_device,
+    label_scores,
+    length_sorted_batches,
+    load_base,
+    load_tokenizer,
+    make_batch,
+    materialise,
+    quiet_libraries,
+)
+from ray_ensemble.tasks import EncodedExample, Example, Split, Task, encode_task, prompt_fields
+
+Request = tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class PredictedTask:
+    """A dataset as requests see it: its prompt and the fields that the prompt names, and its label words."""
+
+    prompt: str
+    fields: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A request as token ids."""
+
+    task: str
+    example: EncodedExample
+    tree: LabelTree
 
 
 class Predictor:
-    """The ensemble of one dataset of a run.
+    """The ensembles of a run's datasets on one copy of the base. It serves one thread at a time.
 
     Args:
         folder: a run folder whose ensemble stage is whole.
-        task: the dataset whose prompt, label words and weights to use.
+        tasks: the datasets that requests may name; all of them by default. Only the adapters that they use are loaded.
+        merged: use each dataset's merged adapter in place of its ensemble: one pass a request, equal to first order only.
 
     Raises:
         InputError: no such dataset, or the run is not that far.
     """
 
-    def __init__(self, folder: str | Path, task: str) -> None:
-        self._folder = Path(folder)
-        tasks = {entry["name"]: entry for entry in read_json(self._folder / "tasks.json", "list of tasks")["tasks"]}
-        if task not in tasks:
-            raise InputError(f"{folder}: no task '{task}'{nearest(task, tasks)} (tasks: {', '.join(tasks)})")
-        ensemble = read_json(self._folder / "ensemble.json", "ensemble; has the run come this far?")
-        plan = read_json(self._folder / "plan.json", "plan")
-        self._config = load_config(self._folder / "config.yaml")
-        self._task = tasks[task]
-        weights = np.array(ensemble["weights"][task])
-        self._adapters = [self._folder / "adapters" / name for name in np.array(ensemble["adapters"])[weights > 0]]
-        self._weights = weights[weights > 0]
-        boosters, self._step = boosters_of(ensemble["boosting"], task)
-        self._boosters = [self._folder / "boosters" / name for name in boosters]
-        self._start = self._folder / "start" if self._config.gradients.start == "meta" else None
+    def __init__(self, folder: str | Path, tasks: Sequence[str] | None = None, merged: bool = False) -> None:
+        run = Path(folder)
+        known = {entry["name"]: entry for entry in read_json(run / "tasks.json", "list of tasks")["tasks"]}
+        for task in known if tasks is None else tasks:
+            if task not in known:
+                raise InputError(f"{folder}: no task '{task}'{nearest(task, known)} (tasks: {', '.join(known)})")
+        ensemble = read_json(run / "ensemble.json", "ensemble; has the run come this far?")
+        model = read_json(run / "plan.json", "plan")["model"]
+        self._config = load_config(run / "config.yaml")
+        self.tasks: dict[str, PredictedTask] = {
+            name: PredictedTask(entry["prompt"], prompt_fields(entry["prompt"]), tuple(entry["labels"]))
+            for name, entry in known.items()
+            if tasks is None or name in tasks
+        }
+        warm = self._config.gradients.start == "meta"
+        # Adapter -> c_a, by task: the score of a label is Σ c_a s_a. None is the bare base.
+        self._parts: dict[str, dict[str | None, float]] = {
+            name: {f"merged/{name}": 1.0} if merged else ensemble_parts(ensemble, name, warm) for name in self.tasks
+        }
+        used = {part for parts in self._parts.values() for part in parts if part is not None}
         quiet_libraries()
-        self._tokenizer = load_tokenizer(materialise(self._config.model.source))
-        spec = ReplicaSpec(
-            self._config.model.source,
-            plan["model"]["quantization"],
-            str(self._folder / "init"),
-            plan["model"]["pad_id"],
-        )
-        gradients = self._config.gradients
-        self._replica = ScoringReplica(spec, gradients.threads, gradients.batch_tokens)
+        source = materialise(self._config.model.source)
+        self._tokenizer = load_tokenizer(source)
+        self._device = default_device()
+        self._model = load_base(source, model["quantization"], self._device)
+        self._adapters = MixedAdapters(self._model, {part: run / part for part in sorted(used)})
+        self._pad_id = int(model["pad_id"])
 
-    def predict(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`{"label": word, "probabilities": {word: p}}` for every row of prompt fields.
+    def predict(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """`{"label": word, "probabilities": {word: p}}` for every request, in their order; p has six digits.
+
+        The rows of all requests, once for each adapter that their datasets use, go through the base together, longest first, in
+        batches of at most `gradients.batch_tokens` padded tokens. What else is in a call changes a prediction by rounding alone.
+
+        Args:
+            requests: (name of a dataset, fields of its prompt), datasets in any mix.
 
         Raises:
-            InputError: a row lacks a field that the prompt names; it is told by its number.
+            InputError: an unknown dataset, a field that is missing or neither text nor number, or a prompt that does not fit; the
+                request's number, from 1, is told.
         """
-        if not rows:
-            return []
-        fields = prompt_fields(self._task["prompt"])
-        for number, row in enumerate(rows, start=1):
-            missing = [field for field in fields if field not in row]
-            if missing:
-                raise InputError(f"row {number}: no field '{missing[0]}' (the prompt names {', '.join(fields)})")
-        labels = tuple(self._task["labels"])
-        examples = tuple(Example({field: str(row[field]) for field in fields}, 0) for row in rows)
-        splits: dict[Split, tuple[Example, ...]] = {"train": (), "validation": (), "test": examples}
-        task = Task(self._task["name"], self._task["prompt"], labels, splits)
-        encoded = encode_task(task, self._tokenizer, self._config.limits.max_tokens, self._config.model.chat)
-
-        def scores_of(adapter: Path | None) -> Any:
-            return self._replica.score(ScoreRequest(adapter, encoded, encoded["test"]))["scores"]
-
-        scores = combine(np.stack([scores_of(adapter) for adapter in self._adapters]), self._weights)
-        if self._boosters:
-            boosters = np.stack([scores_of(adapter) for adapter in self._boosters])
-            scores = scores + self._step * booster_scores(boosters, scores_of(self._start))
-        probabilities = softmax(scores, axis=1)
+        prompts = self._encode(requests)
+        rows = [(number, part) for number, prompt in enumerate(prompts) for part in self._parts[prompt.task]]
+        lengths = [len(prompts[n].example.prompt_ids) + len(prompts[n].tree.tokens) for n, _ in rows]
+        scores = [np.zeros(len(self.tasks[prompt.task].labels)) for prompt in prompts]
+        for places in length_sorted_batches(lengths, self._config.gradients.batch_tokens):
+            batch = [rows[place] for place in places]
+            batch = [batch[place] for place in self._adapters.order([part for _, part in batch])]
+            for (number, part), found in zip(batch, self._scores(prompts, batch), strict=True):
+                share = self._parts[prompts[number].task][part]
+                scores[number] += share * log_softmax(found[: len(scores[number])].astype(np.float64))
         return [
-            {
-                "label": labels[int(row.argmax())],
-                "probabilities": {label: round(float(p), 6) for label, p in zip(labels, row, strict=True)},
-            }
-            for row in probabilities
+            _prediction(self.tasks[prompt.task].labels, softmax(found))
+            for prompt, found in zip(prompts, scores, strict=True)
         ]
+
+    def _scores(self, prompts: Sequence[_Prompt], rows: Sequence[tuple[int, str | None]]) -> NDArray[np.float32]:
+        """Raw label scores (N, K) of rows (number of the prompt, adapter) that are in order."""
+        chosen = [prompts[number] for number, _ in rows]
+        classes = max(len(self.tasks[prompt.task].labels) for prompt in chosen)
+        batch = make_batch(
+            [prompt.example for prompt in chosen],
+            [prompt.tree for prompt in chosen],
+            classes,
+            self._pad_id,
+            self._device,
+        )
+        with torch.inference_mode(), self._adapters.rows([part for _, part in rows]):
+            found: NDArray[np.float32] = label_scores(self._model, batch).cpu().numpy()
+        return found
+
+    def _encode(self, requests: Sequence[Request]) -> list[_Prompt]:
+        """Requests as token ids, in their order."""
+        examples = [self._example(number, *request) for number, request in enumerate(requests, start=1)]
+        found: dict[int, _Prompt] = {}
+        for name in dict.fromkeys(task for task, _ in requests):
+            numbers = [number for number, (task, _) in enumerate(requests) if task == name]
+            try:
+                encoded = self._tokenise(name, [examples[number] for number in numbers])
+            except InputError:
+                for number in numbers:  # which of them it was
+                    try:
+                        self._tokenise(name, [examples[number]])
+                    except InputError as error:
+                        raise InputError(f"request {number + 1}: {error}") from None
+                raise
+            found |= dict(zip(numbers, encoded, strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    def _example(self, number: int, task: str, row: Mapping[str, Any]) -> Example:
+        if task not in self.tasks:
+            raise InputError(
+                f"request {number}: no task '{task}'{nearest(task, self.tasks)} (tasks: {', '.join(self.tasks)})"
+            )
+        fields = self.tasks[task].fields
+        for field in fields:
+            if field not in row:
+                raise InputError(f"request {number}: no field '{field}' (the prompt names {', '.join(fields)})")
+            if not isinstance(row[field], str | int | float):
+                raise InputError(
+                    f"request {number}: field '{field}' is neither text nor a number, but {json.dumps(row[field])[:60]}"
+                )
+        return Example({field: str(row[field]) for field in fields}, 0)
+
+    def _tokenise(self, name: str, examples: Sequence[Example]) -> list[_Prompt]:
+        described = self.tasks[name]
+        splits: dict[Split, tuple[Example, ...]] = {"train": (), "validation": (), "test": tuple(examples)}
+        task = Task(name, described.prompt, described.labels, splits)
+        encoded = encode_task(task, self._tokenizer, self._config.limits.max_tokens, self._config.model.chat)
+        tree = LabelTree.of(encoded.label_ids)
+        return [_Prompt(name, example, tree) for example in encoded["test"]]
+
+
+def ensemble_parts(ensemble: Mapping[str, Any], task: str, warm: bool) -> dict[str | None, float]:
+    """Folders in the run of the adapters that a dataset's ensemble uses, and c_a of each: score = Σ c_a s_a (DESIGN section 2.7).
+
+    Weights w of the groups' adapters, η of each booster, and −η for each booster of the start: the bare base, None, or
+    where θ₀ was trained (`warm`) its adapter.
+    """
+    weights = zip(ensemble["adapters"], ensemble["weights"][task], strict=True)
+    parts: dict[str | None, float] = {f"adapters/{name}": float(w) for name, w in weights if w > 0}
+    boosters, step = boosters_of(ensemble["boosting"], task)
+    if boosters:
+        parts |= {f"boosters/{name}": step for name in boosters}
+        parts["start" if warm else None] = -step * len(boosters)
+    return parts
+
+
+def _prediction(labels: Sequence[str], probabilities: NDArray[np.float64]) -> dict[str, Any]:
+    shown = {label: float(f"{p:.6g}") for label, p in zip(labels, probabilities, strict=True)}
+    return {"label": labels[int(probabilities.argmax())], "probabilities": shown}
 
 
 def read_rows(lines: Iterable[str], where: str) -> list[dict[str, Any]]:

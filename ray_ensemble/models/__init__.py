@@ -11,6 +11,7 @@ from ray_ensemble.models.base import (
     quiet_libraries,
     resolve_quantization,
 )
+from ray_ensemble.models.mixed import MixedAdapters, lora_scaling, read_plain_lora
 from ray_ensemble.models.probe import check_scores, check_shards
 from ray_ensemble.models.scoring import (
     Batch,
@@ -25,6 +26,7 @@ from ray_ensemble.models.scoring import (
 __all__ = [
     "Batch",
     "LabelTree",
+    "MixedAdapters",
     "attach_adapters",
     "backbone_parameters",
     "check_scores",
@@ -36,11 +38,13 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "lora_layers",
+    "lora_scaling",
     "make_batch",
     "margins",
     "materialise",
     "model_hash",
     "quiet_libraries",
+    "read_plain_lora",
     "resolve_quantization",
     "save_adapter",
     "score_loss",
