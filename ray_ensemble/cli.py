@@ -77,18 +77,28 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from ray_ensemble.ensemble import Predictor, read_rows
+    from ray_ensemble.serving import check_rows, predict_file
 
-    predictor = Predictor(options.run, [options.task])
-    if options.input is None:
-        rows = read_rows(sys.stdin, "standard input")
-    else:
-        try:
-            rows = read_rows(Path(options.input).read_text(encoding="utf-8").splitlines(), options.input)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--input {options.input}: cannot be read ({error})") from None
-    for prediction in predictor.predict([(options.task, row) for row in rows]):
+    if options.input is not None:
+        predict_file(options.run, options.input, options.output, task=options.task, merged=options.merged)
+        return 0
+    if options.output is not None:
+        raise InputError("--output: is for a file of rows, with --input; redirect standard output instead")
+    from ray_ensemble.ensemble import Predictor
+    from ray_ensemble.tasks import parse_lines
+
+    predictor = Predictor(options.run, None if options.task is None else [options.task], options.merged)
+    rows = check_rows(parse_lines(sys.stdin.buffer, "standard input"), "standard input", predictor.tasks, options.task)
+    for prediction in predictor.predict([request for _, request in rows]):
         print(json.dumps(prediction, ensure_ascii=False))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ray_ensemble.config import ServingConfig, serving_config
+    from ray_ensemble.serving import serve_run
+
+    serve_run(options.run, serving_config({key: getattr(options, key, None) for key in ServingConfig.model_fields}))
     return 0
 
 
@@ -146,7 +156,7 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-_OTHERS = {"predict": _predict, "export": _export, "submit": _submit, "status": _status}
+_OTHERS = {"predict": _predict, "serve": _serve, "export": _export, "submit": _submit, "status": _status}
 
 
 def _print(*renderables: Any) -> None:
@@ -182,10 +192,21 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--repeats", type=int, default=3, help="of these, how many again with another seed (default: 3)"
             )
-    predict = verbs.add_parser("predict", help="label lines of text with a finished run's ensemble")
+    predict = verbs.add_parser("predict", help="label rows with a finished run's ensembles")
     predict.add_argument("run", help="the run folder")
-    predict.add_argument("--task", required=True, help="the dataset whose prompt, labels and weights to use")
-    predict.add_argument("--input", default=None, help="a JSONL file of fields (default: standard input)")
+    predict.add_argument("--task", default=None, help="the dataset of all rows (default: each row's own 'task')")
+    predict.add_argument("--merged", action="store_true", help="by merged adapters: one pass a row")
+    predict.add_argument("--input", default=None, help="a JSONL file of rows, done by Ray (default: standard input)")
+    predict.add_argument("--output", "-o", default=None, help="the JSONL file to write (default: standard output)")
+    serve = verbs.add_parser("serve", help="answer over HTTP with a finished run's ensembles, by Ray Serve")
+    serve.add_argument("run", help="the run folder")
+    serve.add_argument("--host", default=None, help="where to listen (default: 127.0.0.1, this machine alone)")
+    serve.add_argument("--port", type=int, default=None, help="(default: 8000)")
+    serve.add_argument("--merged", action="store_true", help="by merged adapters: one pass a row")
+    serve.add_argument("--replicas", type=int, default=None, help="copies of the base (default: 1)")
+    serve.add_argument("--batch-size", type=int, default=None, help="rows in one batch at most (default: 64)")
+    serve.add_argument("--batch-wait", type=float, default=None, help="seconds to wait for them (default: 0.01)")
+    serve.add_argument("--queue", type=int, default=None, help="requests that may wait (default: 1000)")
     export = verbs.add_parser("export", help="a finished run's adapters as a folder for peft, vLLM and the hub")
     export.add_argument("run", help="the run folder")
     export.add_argument("--output", "-o", required=True, help="the folder to write; it must not exist or be empty")

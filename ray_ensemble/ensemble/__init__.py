@@ -1,7 +1,7 @@
 """One prediction from many adapters: weights per dataset, inference on one base, and merging into one adapter."""
 
 from ray_ensemble.ensemble.merge import merge_adapters
-from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request, read_rows
+from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
 from ray_ensemble.ensemble.weights import (
     best_step,
@@ -27,6 +27,5 @@ __all__ = [
     "fit_weights",
     "label_losses",
     "merge_adapters",
-    "read_rows",
     "score_all",
 ]

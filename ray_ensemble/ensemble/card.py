@@ -150,11 +150,11 @@ def _figures(run: FinishedRun) -> str:
     mean = run.metrics["mean"]
     rows.append(["**mean**", mean["ensemble"]["n"], *(f"**{_metric(mean[name])}**" for name in measured)])
     return (
-        "## Figures\n\nAccuracy and loss on the test splits of this run; loss in nats an example, of the right label's share among the "
-        "label words.\n\n"
+        "## Figures\n\nAccuracy and loss on the test splits of this run; loss in nats an example, of the right label's "
+        "share among the label words.\n\n"
         + _table(["dataset", "examples", *(_MODELS[name] for name in measured)], rows)
-        + "\n\nFloating-point operations of gradients, search, groups, boosting and weights over those of one QLoRA on all data with "
-        "as many steps: "
+        + "\n\nFloating-point operations of gradients, search, groups, boosting and weights over those of one QLoRA on all "
+        "data with as many steps: "
         f"{run.metrics['flops']['ratio']:.2f}."
     )
 

@@ -148,7 +148,7 @@ def check_push(repository: str) -> None:
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repository)
@@ -190,7 +190,7 @@ def _vllm_script(run: FinishedRun, ranks: dict[str, int]) -> str:
     rank = next(allowed for allowed in VLLM_RANKS if allowed >= max(ranks[at] for at in fitting))
     lines = [
         "#!/bin/sh",
-        "# Serves the adapters of this folder with vLLM. A request names one as its model; a dataset's own has the dataset's name.",
+        "# Serves the adapters of this folder with vLLM. A request's model is one of them; a dataset's own has the dataset's name.",
         "# BASE is the base model, a folder or a hub id. Further options are handed on: sh serve_vllm.sh --port 8000",
     ]
     if run.plan["model"]["quantization"] == "nf4":

@@ -80,7 +80,9 @@ class MixedAdapters:
     def order(self, names: Sequence[str | None]) -> list[int]:
         """Places in `names` in the order that rows must come in: those of one adapter together, like adapters side by side."""
         counts = Counter(names)
-        return sorted(range(len(names)), key=lambda row: (self._kinds[names[row]], counts[names[row]], names[row] or ""))
+        return sorted(
+            range(len(names)), key=lambda row: (self._kinds[names[row]], counts[names[row]], names[row] or "")
+        )
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
