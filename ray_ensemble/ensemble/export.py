@@ -190,7 +190,7 @@ def _vllm_script(run: FinishedRun, ranks: dict[str, int]) -> str:
     rank = next(allowed for allowed in VLLM_RANKS if allowed >= max(ranks[at] for at in fitting))
     lines = [
         "#!/bin/sh",
-        "# Serves the adapters of this folder with vLLM. A request's model is one of them; a dataset's own has the dataset's name.",
+        "# Serves the adapters of this folder with vLLM. A dataset's own has the name of the dataset as its model's.",
         "# BASE is the base model, a folder or a hub id. Further options are handed on: sh serve_vllm.sh --port 8000",
     ]
     if run.plan["model"]["quantization"] == "nf4":
