@@ -51,12 +51,14 @@ def mixed_rows(run: Path, count: int) -> list[dict[str, Any]]:
 
 
 def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def verb(name: str, run: Path, *options: str) -> list[str]:
+    """A command line of ray-ensemble, with this Python."""
     return [sys.executable, "-m", "ray_ensemble.cli", name, str(run), *options]
 
 
@@ -113,7 +115,7 @@ def predicted(run: Path, rows: list[dict[str, Any]], merged: bool) -> list[dict[
         source, target = Path(folder) / "rows.jsonl", Path(folder) / "answers.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         options = ["--input", str(source), "--output", str(target), *(["--merged"] if merged else [])]
-        subprocess.run(verb("predict", run, *options), check=True)
+        subprocess.run(verb("predict", run, *options), check=True)  # noqa: S603
         return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
 
 
@@ -134,6 +136,7 @@ def differences(
 
 
 def main() -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--requests", type=int, default=200)
@@ -149,7 +152,7 @@ def main() -> int:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     merged = ["--merged"] if options.merged else []
-    server = subprocess.Popen(verb("serve", options.run, "--port", str(port), *merged))
+    server = subprocess.Popen(verb("serve", options.run, "--port", str(port), *merged))  # noqa: S603
     try:
         asyncio.run(healthy(url, server, options.start_timeout))
         asyncio.run(ask(url, rows[:8], 8))  # the first batch is slower
@@ -173,7 +176,7 @@ def main() -> int:
         f"{len(rows) / seconds:.1f}/s; latency p50 {p50:.3f} s, p95 {p95:.3f} s, p99 {p99:.3f} s"
     )
     print(f"largest difference of a probability from predict: {largest:.1e}")
-    for want, status, answer in refused:
+    for _, status, answer in refused:
         print(f"malformed: {status} {answer.get('error') if isinstance(answer, dict) else answer}")
     for line in wrong[:10]:
         print(f"WRONG: {line}", file=sys.stderr)

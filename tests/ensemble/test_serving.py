@@ -23,7 +23,7 @@ from ray_ensemble.serving import Refused, check_row, parse_body, tasks_of
 from ray_ensemble.serving.server import check_address
 
 pytest.importorskip("starlette")
-from starlette.requests import Request as HttpRequest  # noqa: E402
+from starlette.requests import Request as HttpRequest
 
 TASKS = {
     "films": PredictedTask("Review: {text}\nAnswer:", ("text",), ("no", "yes")),
@@ -204,8 +204,8 @@ def test_whatever_json_comes_it_is_parsed_or_refused(data):
     try:
         requests, listed = parse_body(json.dumps(data).encode(), TASKS, 10)
     except Refused as refused:
-        assert 400 <= refused.status < 500
-        assert str(refused)
+        assert 400 <= refused.status < 500  # noqa: PT017
+        assert str(refused)  # noqa: PT017
         return
     assert listed == isinstance(data, list)
     for name, fields in requests:
