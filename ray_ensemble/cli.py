@@ -77,17 +77,22 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from ray_ensemble.ensemble import Predictor, read_rows
+    from ray_ensemble.serving import check_rows, predict_file
 
-    predictor = Predictor(options.run, [options.task])
-    if options.input is None:
-        rows = read_rows(sys.stdin, "standard input")
-    else:
-        try:
-            rows = read_rows(Path(options.input).read_text(encoding="utf-8").splitlines(), options.input)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--input {options.input}: cannot be read ({error})") from None
-    requests = [(options.task, row) for row in rows]
+    if options.input is not None and options.generate is None:
+        predict_file(options.run, options.input, options.output, task=options.task, merged=options.merged)
+        return 0
+    if options.output is not None:
+        raise InputError(
+            "--output: is for the labels of a file of rows, with --input; redirect standard output instead"
+        )
+    from ray_ensemble.ensemble import Predictor
+    from ray_ensemble.tasks import parse_lines, read_jsonl
+
+    predictor = Predictor(options.run, None if options.task is None else [options.task], options.merged)
+    where = "standard input" if options.input is None else options.input
+    lines = parse_lines(sys.stdin.buffer, where) if options.input is None else read_jsonl(Path(options.input))
+    requests = [request for _, request in check_rows(lines, where, predictor.tasks, options.task)]
     found = predictor.predict(requests) if options.generate is None else predictor.generate(requests, options.generate)
     for prediction in found:
         print(json.dumps(prediction, ensure_ascii=False))
@@ -102,6 +107,26 @@ def _weights(options: argparse.Namespace) -> int:
         raise InputError(f"--examples {options.examples}: give a number of examples, 0 for none")
     found = unseen_weights(options.run, options.task_folder, options.examples)
     _print(unseen_summary(found), f"\nwritten: {Path(options.run) / 'unseen' / (found['name'] + '.json')}")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ray_ensemble.config import ServingConfig, serving_config
+    from ray_ensemble.serving import serve_run
+
+    serve_run(options.run, serving_config({key: getattr(options, key, None) for key in ServingConfig.model_fields}))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ray_ensemble.ensemble.export import check_push, export_run, push_to_hub, vllm_command
+
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
+    folder = export_run(options.run, options.output)
+    print(f"exported to {folder}; with vLLM, BASE being the base model:\n{vllm_command(folder)}")
+    if options.push_to_hub is not None:
+        print(f"pushed to {push_to_hub(folder, options.push_to_hub)}")
     return 0
 
 
@@ -147,7 +172,14 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-_OTHERS = {"predict": _predict, "weights": _weights, "submit": _submit, "status": _status}
+_OTHERS = {
+    "predict": _predict,
+    "weights": _weights,
+    "serve": _serve,
+    "export": _export,
+    "submit": _submit,
+    "status": _status,
+}
 
 
 def _print(*renderables: Any) -> None:
@@ -183,10 +215,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--repeats", type=int, default=3, help="of these, how many again with another seed (default: 3)"
             )
-    predict = verbs.add_parser("predict", help="label lines of text, or continue them, with a finished run's ensemble")
+    predict = verbs.add_parser("predict", help="label rows, or continue them, with a finished run's ensembles")
     predict.add_argument("run", help="the run folder")
-    predict.add_argument("--task", required=True, help="the dataset whose prompt, labels and weights to use")
-    predict.add_argument("--input", default=None, help="a JSONL file of fields (default: standard input)")
+    predict.add_argument("--task", default=None, help="the dataset of all rows (default: each row's own 'task')")
+    predict.add_argument("--merged", action="store_true", help="by merged adapters: one pass a row")
+    predict.add_argument("--input", default=None, help="a JSONL file of rows, done by Ray (default: standard input)")
+    predict.add_argument("--output", "-o", default=None, help="the JSONL file to write (default: standard output)")
     predict.add_argument(
         "--generate", type=int, default=None, metavar="N", help="write up to N tokens in place of choosing a label word"
     )
@@ -198,6 +232,21 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         help="labelled examples to use at most (default: all; 0: go without labels)",
+    )
+    serve = verbs.add_parser("serve", help="answer over HTTP with a finished run's ensembles, by Ray Serve")
+    serve.add_argument("run", help="the run folder")
+    serve.add_argument("--host", default=None, help="where to listen (default: 127.0.0.1, this machine alone)")
+    serve.add_argument("--port", type=int, default=None, help="(default: 8000)")
+    serve.add_argument("--merged", action="store_true", help="by merged adapters: one pass a row")
+    serve.add_argument("--replicas", type=int, default=None, help="copies of the base (default: 1)")
+    serve.add_argument("--batch-size", type=int, default=None, help="rows in one batch at most (default: 64)")
+    serve.add_argument("--batch-wait", type=float, default=None, help="seconds to wait for them (default: 0.01)")
+    serve.add_argument("--queue", type=int, default=None, help="requests that may wait (default: 1000)")
+    export = verbs.add_parser("export", help="a finished run's adapters as a folder for peft, vLLM and the hub")
+    export.add_argument("run", help="the run folder")
+    export.add_argument("--output", "-o", required=True, help="the folder to write; it must not exist or be empty")
+    export.add_argument(
+        "--push-to-hub", default=None, metavar="OWNER/NAME", help="upload it too; a new repository is private"
     )
     submit = verbs.add_parser("submit", help="run a job on a Ray cluster elsewhere, by its job server")
     submit.add_argument("job", nargs="?", default=None, help="the job file; data at relative paths are sent with it")

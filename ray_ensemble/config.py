@@ -331,6 +331,24 @@ class EnsembleConfig(Section):
     merged_rank: Count | None = None
 
 
+class ServingConfig(Section):
+    """How `serve` answers; options of the command line, not keys of a job (docs/serving.md).
+
+    Rows that come within `batch_wait` seconds of each other go through the base together, up to `batch_size` of them, whatever
+    their datasets. Besides the two batches that a replica holds, up to `queue` requests wait; those beyond are refused (503).
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    merged: bool = False
+    replicas: Count = 1
+    batch_size: Count = 64
+    batch_wait: Annotated[float, Field(ge=0, le=60)] = 0.01
+    queue: Count = 1000
+    max_rows: Count = 256
+    max_body_bytes: Count = 2**20
+
+
 class JobConfig(Section):
     """A whole job. Only `model.source` and `tasks` have no default."""
 
@@ -388,6 +406,20 @@ def parse_config(data: dict[str, Any], where: str, base_dir: Path) -> JobConfig:
     tasks = [task.model_copy(update={"source": _anchored(task.source, base_dir)}) for task in config.tasks]
     source = _anchored(config.model.source, base_dir, hub=True)
     return config.model_copy(update={"tasks": tasks, "model": config.model.model_copy(update={"source": source})})
+
+
+def serving_config(given: dict[str, Any]) -> ServingConfig:
+    """The options of `serve`; what is None is left at its default.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    try:
+        return ServingConfig.model_validate({key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        option = "--" + str(problem["loc"][0]).replace("_", "-")
+        raise InputError(f"{option}: {problem['msg'].lower()}, got {problem['input']!r}") from None
 
 
 def dump_config(config: JobConfig) -> str:

@@ -1,7 +1,7 @@
 """One prediction from many adapters: weights per dataset, inference on one base, and merging into one adapter."""
 
 from ray_ensemble.ensemble.merge import VLLM_RANKS, Merged, merge_adapters
-from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request, ensemble_parts, read_rows
+from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request, ensemble_parts
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
 from ray_ensemble.ensemble.weights import (
     add_up,
@@ -34,6 +34,5 @@ __all__ = [
     "learn_step_sizes",
     "learn_weights",
     "merge_adapters",
-    "read_rows",
     "score_all",
 ]

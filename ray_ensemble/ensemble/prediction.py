@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,19 +238,3 @@ def ensemble_parts(ensemble: Mapping[str, Any], task: str, warm: bool) -> dict[s
 def _prediction(labels: Sequence[str], probabilities: NDArray[np.float64]) -> dict[str, Any]:
     shown = {label: float(f"{p:.6g}") for label, p in zip(labels, probabilities, strict=True)}
     return {"label": labels[int(probabilities.argmax())], "probabilities": shown}
-
-
-def read_rows(lines: Iterable[str], where: str) -> list[dict[str, Any]]:
-    """JSONL of prompt fields; a line that is not a JSON object is an `InputError` that tells its number."""
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{where}, line {number}: expected an object of prompt fields, such as {{"text": "…"}}')
-        rows.append(row)
-    return rows

@@ -11,6 +11,7 @@ from ray_ensemble.tasks.folder import find_task_folders, read_few, read_folder
 from ray_ensemble.tasks.hub import read_hub
 from ray_ensemble.tasks.load import check_name, load_tasks
 from ray_ensemble.tasks.preview import preview
+from ray_ensemble.tasks.rows import parse_lines, read_jsonl
 from ray_ensemble.tasks.sources import cache_dir, resolve_source
 from ray_ensemble.tasks.split import sample
 from ray_ensemble.tasks.task import SPLITS, EncodedExample, EncodedTask, Example, Split, Task, split_hash
@@ -31,11 +32,13 @@ __all__ = [
     "encode_task",
     "find_task_folders",
     "load_tasks",
+    "parse_lines",
     "preview",
     "prompt_fields",
     "read_few",
     "read_folder",
     "read_hub",
+    "read_jsonl",
     "read_samples",
     "render",
     "resolve_source",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     try:
         with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, _parse(line, f"{path}:{number}")
+            yield from parse_lines(stream, str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot read the file ({error.strerror})") from None
+
+
+def parse_lines(lines: Iterable[bytes], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_jsonl` of lines that are already open; `where` stands for the path in errors."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield number, _parse(line, f"{where}:{number}")
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
