@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.files import read_json, write_json
+from ray_ensemble.progress import console
 from ray_ensemble.run_folder import STAGES
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def ensemble(stages: Stages) -> Outcome:
     """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see; then
     boosting, which adds to them.
     """
-    from ray_ensemble.ensemble import ScoreRequest, boosters_of, combine, fit_weights, merge_adapters, score_all
+    from ray_ensemble.ensemble import ScoreRequest, combine, ensemble_parts, fit_weights, merge_adapters, score_all
     from ray_ensemble.evaluation import forward_flops
 
     names = stages.group_names
@@ -99,20 +101,33 @@ def ensemble(stages: Stages) -> Outcome:
         files += boosted.files
         facts["boosting_flops"] = boosted.flops
         facts["peak_memory_bytes"] = max(peak, boosted.peak_memory_bytes)
-    write_json(
-        stages.folder / "ensemble.json",
-        {"adapters": names, "weights": weights, "method": stages.config.ensemble.weights, "boosting": described},
-    )
-    for name, values in weights.items():
+    found = {"adapters": names, "weights": weights, "method": stages.config.ensemble.weights, "boosting": described}
+    merged: dict[str, dict[str, Any]] = {}
+    for name in weights:
         target = stages.folder / "merged" / name
-        boosters, step = boosters_of(described, name)
-        shares = [*values, *[step] * len(boosters)]
-        folders = [stages.adapter_folder(adapter) for adapter in (*names, *boosters)]
-        if boosters and stages.warm:
-            shares, folders = [*shares, -step * len(boosters)], [*folders, stages.start]
-        merge_adapters(folders, shares, target)
+        # The bare base adds nothing to an update.
+        parts = {part: share for part, share in ensemble_parts(found, name, stages.warm).items() if part is not None}
+        folders = [stages.folder / part for part in parts]
+        done = merge_adapters(folders, list(parts.values()), target, stages.config.ensemble.merged_rank)
+        merged[name] = {**asdict(done), "vllm_max_lora_rank": done.vllm_max_lora_rank}
         files += sorted(target.iterdir())
+    _tell_ranks(merged)
+    write_json(stages.folder / "ensemble.json", {**found, "merged": merged})
     return files, facts
+
+
+def _tell_ranks(merged: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say what a vLLM server must be started with to serve the merged adapters of all datasets."""
+    from ray_ensemble.ensemble import VLLM_RANKS
+
+    limits = [entry["vllm_max_lora_rank"] for entry in merged.values()]
+    ranks = f"merged adapters: ranks up to {max(entry['rank'] for entry in merged.values())}"
+    if None in limits:
+        console.print(f"  {ranks}; vLLM serves {VLLM_RANKS[-1]} at most: set ensemble.merged_rank", markup=False)
+    else:
+        console.print(f"  {ranks}; vLLM serves them with --max-lora-rank {max(limits)}", markup=False)
+    if (least := min(entry["norm_kept"] for entry in merged.values())) < 1:
+        console.print(f"  cut to that rank; at least {least:.1%} of an update's squared norm is kept", markup=False)
 
 
 def evaluate(stages: Stages) -> Outcome:
@@ -132,7 +147,7 @@ def evaluate(stages: Stages) -> Outcome:
         folders |= {name: stages.adapter_folder(name) for name in dict.fromkeys([*used, own, *boosters])}
         if boosters:
             folders["start"] = stages.start if stages.warm else None
-        if len(used) > 1 or boosters:
+        if len(used) > 1 or boosters or stages.config.ensemble.merged_rank is not None:
             folders["merged"] = stages.folder / "merged" / task.name
         for name, adapter in folders.items():
             wanted[task.name, name] = ScoreRequest(adapter, task, task["test"])

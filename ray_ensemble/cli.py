@@ -80,7 +80,8 @@ def _predict(options: argparse.Namespace) -> int:
     from ray_ensemble.serving import check_rows, predict_file
 
     if options.input is not None:
-        predict_file(options.run, options.input, options.output, task=options.task, merged=options.merged)
+        how = {"task": options.task, "merged": options.merged, "generate": options.generate}
+        predict_file(options.run, options.input, options.output, **how)
         return 0
     if options.output is not None:
         raise InputError("--output: is for a file of rows, with --input; redirect standard output instead")
@@ -89,7 +90,9 @@ def _predict(options: argparse.Namespace) -> int:
 
     predictor = Predictor(options.run, None if options.task is None else [options.task], options.merged)
     rows = check_rows(parse_lines(sys.stdin.buffer, "standard input"), "standard input", predictor.tasks, options.task)
-    for prediction in predictor.predict([request for _, request in rows]):
+    requests = [request for _, request in rows]
+    found = predictor.predict(requests) if options.generate is None else predictor.generate(requests, options.generate)
+    for prediction in found:
         print(json.dumps(prediction, ensure_ascii=False))
     return 0
 
@@ -192,12 +195,15 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--repeats", type=int, default=3, help="of these, how many again with another seed (default: 3)"
             )
-    predict = verbs.add_parser("predict", help="label rows with a finished run's ensembles")
+    predict = verbs.add_parser("predict", help="label rows, or continue them, with a finished run's ensembles")
     predict.add_argument("run", help="the run folder")
     predict.add_argument("--task", default=None, help="the dataset of all rows (default: each row's own 'task')")
     predict.add_argument("--merged", action="store_true", help="by merged adapters: one pass a row")
     predict.add_argument("--input", default=None, help="a JSONL file of rows, done by Ray (default: standard input)")
     predict.add_argument("--output", "-o", default=None, help="the JSONL file to write (default: standard output)")
+    predict.add_argument(
+        "--generate", type=int, default=None, metavar="N", help="write up to N tokens in place of choosing a label word"
+    )
     serve = verbs.add_parser("serve", help="answer over HTTP with a finished run's ensembles, by Ray Serve")
     serve.add_argument("run", help="the run folder")
     serve.add_argument("--host", default=None, help="where to listen (default: 127.0.0.1, this machine alone)")

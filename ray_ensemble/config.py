@@ -301,9 +301,15 @@ class BoostingConfig(Section):
 
 
 class EnsembleConfig(Section):
-    """How the adapters are combined, per dataset."""
+    """How the adapters are combined, per dataset.
+
+    `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the `--max-lora-rank` of a vLLM
+    server: what is above is cut by singular value decomposition. By default the rank is the sum of those of the adapters in use
+    (docs/ensemble.md).
+    """
 
     weights: Literal["learned", "uniform"] = "learned"
+    merged_rank: Count | None = None
 
 
 class ServingConfig(Section):

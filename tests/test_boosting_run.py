@@ -94,9 +94,14 @@ def test_prediction_is_the_documented_sum(ridge, unboosted):
     start = alone("init")
     for booster in ensemble["boosting"]["boosters"][task]:
         scores = scores + ensemble["boosting"]["step_sizes"][task] * (log_softmax(alone(booster), axis=1) - start)
-    found = [list(row["probabilities"].values()) for row in Predictor(ridge, [task]).predict([(task, row) for row in rows])]
+    found = [
+        list(row["probabilities"].values()) for row in Predictor(ridge, [task]).predict([(task, row) for row in rows])
+    ]
     np.testing.assert_allclose(found, softmax(scores, axis=1), atol=1e-3)
-    plain = [list(row["probabilities"].values()) for row in Predictor(unboosted, [task]).predict([(task, row) for row in rows])]
+    plain = [
+        list(row["probabilities"].values())
+        for row in Predictor(unboosted, [task]).predict([(task, row) for row in rows])
+    ]
     assert np.abs(np.array(found) - np.array(plain)).max() > 1e-3
 
 

@@ -28,6 +28,10 @@ def run_copy(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "copy"))
 
 
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
 def test_formats(run):
     partition = json.loads((run / "partition.json").read_text())
     assert sorted(t for g in partition["groups"] for t in g) == ["contrary", "films", "options", "phones"]
@@ -167,6 +171,36 @@ def test_predict_agrees_with_the_evaluation(run, task_folder, capsys):
     metric = json.loads((run / "metrics.json").read_text())["tasks"]["options"]["ensemble"]
     assert np.mean(right) == pytest.approx(metric["accuracy"])
     assert loss == pytest.approx(metric["loss"], rel=1e-3)
+
+
+def test_merged_adapters_are_told_of_and_measured(run):
+    ensemble, metrics = read(run, "ensemble"), read(run, "metrics")
+    for task, told in ensemble["merged"].items():
+        used = sum(weight > 0 for weight in ensemble["weights"][task])
+        assert told == {"rank": 4 * used, "norm_kept": 1.0, "vllm_max_lora_rank": {1: 8, 2: 8, 3: 16}[used]}
+        assert read(run, f"merged/{task}/adapter_config")["r"] == told["rank"]
+        models = metrics["tasks"][task]
+        for measure, found in metrics["paired"]["merged_vs_ensemble"]["tasks"][task].items():
+            wanted = models["merged"][measure] - models["ensemble"][measure]
+            assert found["difference"] == pytest.approx(wanted, abs=1e-12)
+    assert "merged − ensemble: loss" in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_budget_of_merged_adapters_is_kept_and_measured(run_copy, capsys):
+    """A rank below that of one adapter, so that all are cut; only the ensemble stage and what follows run again."""
+    command = ["run", str(run_copy / "config.yaml"), "--output", str(run_copy), "--redo", "--set"]
+    before = read(run_copy, "metrics")["tasks"]
+    assert main([*command, "ensemble.merged_rank=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "train: done before" in shown
+    assert "vLLM serves them with --max-lora-rank 1" in shown
+    ensemble, after = read(run_copy, "ensemble"), read(run_copy, "metrics")["tasks"]
+    for task, told in ensemble["merged"].items():
+        assert told["rank"] == told["vllm_max_lora_rank"] == read(run_copy, f"merged/{task}/adapter_config")["r"] == 1
+        assert 0.1 < told["norm_kept"] < 1
+        assert after[task]["merged"]["loss"] != before[task]["merged"]["loss"]
+        assert after[task]["ensemble"] == before[task]["ensemble"]
 
 
 def test_whole_job_in_four_bits(ray_cluster, tiny_model, tmp_path):

@@ -1,7 +1,7 @@
 """One prediction from many adapters: weights per dataset, inference on one base, and merging into one adapter."""
 
-from ray_ensemble.ensemble.merge import merge_adapters
-from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request
+from ray_ensemble.ensemble.merge import VLLM_RANKS, Merged, merge_adapters
+from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request, ensemble_parts
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
 from ray_ensemble.ensemble.weights import (
     best_step,
@@ -14,6 +14,8 @@ from ray_ensemble.ensemble.weights import (
 )
 
 __all__ = [
+    "VLLM_RANKS",
+    "Merged",
     "PredictedTask",
     "Predictor",
     "Request",
@@ -23,6 +25,7 @@ __all__ = [
     "booster_scores",
     "boosters_of",
     "combine",
+    "ensemble_parts",
     "fit_step_size",
     "fit_weights",
     "label_losses",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 from ray_ensemble.config import load_config
+from ray_ensemble.ensemble.generation import Prompt, generate
 from ray_ensemble.ensemble.weights import boosters_of
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
@@ -29,6 +30,7 @@ from ray_ensemble.models import (
     materialise,
     quiet_libraries,
 )
+from ray_ensemble.models.families import text_config
 from ray_ensemble.tasks import EncodedExample, Example, Split, Task, encode_task, prompt_fields
 
 Request = tuple[str, Mapping[str, Any]]
@@ -119,6 +121,47 @@ class Predictor:
             _prediction(self.tasks[prompt.task].labels, softmax(found))
             for prompt, found in zip(prompts, scores, strict=True)
         ]
+
+    def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
+        """The most likely next token, again and again, by the mean of a dataset's adapters (`ensemble.generation`).
+
+        Args:
+            requests: as for `predict`; label words play no part.
+            max_new_tokens: where a text that does not end is cut.
+
+        Returns:
+            For every request, in their order, `{"text": str, "token_ids": [int], "log_probability": nats, "ended": bool}`, the
+            last of which tells that the model ended the text itself.
+
+        Raises:
+            InputError: as `predict`; or prompt and new tokens are more than the base has positions for.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"{max_new_tokens} new tokens: at least one must be asked for")
+        prompts = [Prompt(prompt.example.prompt_ids, self._parts[prompt.task]) for prompt in self._encode(requests)]
+        window = getattr(text_config(self._model.config), "max_position_embeddings", None)
+        for number, prompt in enumerate(prompts, start=1):
+            if window is not None and len(prompt.ids) + max_new_tokens > window:
+                raise InputError(
+                    f"request {number}: a prompt of {len(prompt.ids)} tokens and {max_new_tokens} new ones are more than the "
+                    f"{window} that the base takes; ask for at most {window - len(prompt.ids)}"
+                )
+        found = generate(self._model, self._adapters, prompts, max_new_tokens, self._end_ids(), self._pad_id)
+        return [
+            {
+                "text": self._tokenizer.decode(text.ids, skip_special_tokens=True),
+                "token_ids": text.ids,
+                "log_probability": text.log_probability,
+                "ended": text.ended,
+            }
+            for text in found
+        ]
+
+    def _end_ids(self) -> set[int]:
+        """Tokens that end a text: the tokenizer's, and those that the base names for generation, such as the end of a turn."""
+        named = getattr(self._model.generation_config, "eos_token_id", None)
+        listed = named if isinstance(named, list) else [named]
+        return {int(token) for token in (*listed, self._tokenizer.eos_token_id) if token is not None}
 
     def _scores(self, prompts: Sequence[_Prompt], rows: Sequence[tuple[int, str | None]]) -> NDArray[np.float32]:
         """Raw label scores (N, K) of rows (number of the prompt, adapter) that are in order."""

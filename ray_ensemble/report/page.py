@@ -81,6 +81,7 @@ def _result(data: RunData, figures: Figures) -> Html:
     relatives = [name for name in variants if name not in RIVALS]
     if relatives:
         parts += [element("h3", "The ensemble's parts and its merged form"), _table(data, relatives)]
+    parts += _merged(data)
     if absent:
         parts.append(paragraph(f"Not measured in this run: {', '.join(absent)}.", class_="note"))
     lines = []
@@ -105,6 +106,27 @@ def _result(data: RunData, figures: Figures) -> Html:
         bullets(lines),
         figures["test"],
     )
+
+
+def _merged(data: RunData) -> list[object]:
+    """What merging changes on every dataset; nothing where it was not measured."""
+    compared = ((data.metrics.get("paired") or {}).get("merged_vs_ensemble") or {}).get("tasks") or {}
+    if not compared:
+        return []
+    told = data.ensemble.get("merged") or {}
+    rows: list[list[object]] = []
+    for task in data.order:
+        merged, pair = told.get(task) or {}, compared.get(task) or {}
+        kept = merged.get("norm_kept")
+        cells = [
+            change(m, (pair.get(m) or {}).get("difference"), (pair.get(m) or {}).get("interval")) for m in MEASURES
+        ]
+        rows.append([plain(task, 40), merged.get("rank", "–"), measured("accuracy", kept), *cells])
+    limits = [merged.get("vllm_max_lora_rank") for merged in told.values()]
+    serving = f" vLLM serves them with --max-lora-rank {max(limits)}." if limits and None not in limits else ""
+    head = ["dataset", "rank", "squared norm kept", *(f"merged − ensemble: {measure}" for measure in MEASURES)]
+    note = f"Rank of each dataset's merged adapter, and the paired difference on the same test examples.{serving}"
+    return [table(head, rows), paragraph(note, class_="note")]
 
 
 def _table(data: RunData, variants: list[str]) -> Html:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ray_ensemble.config import AdapterConfig
-from ray_ensemble.ensemble.merge import merge_adapters
+from ray_ensemble.ensemble.merge import Merged, merge_adapters, truncate
 from ray_ensemble.errors import InputError
 from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base, lora_layers, save_adapter
 
@@ -68,6 +69,49 @@ def test_rank_stabilised_adapters_merge_to_the_weighted_sum_as_the_model_runs_it
         a, b, merged = (layer.get_delta_weight(name) for name in names)
         assert layer.scaling["a"] == 6 / 4**0.5
         torch.testing.assert_close(merged, 0.3 * a + 0.7 * b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 9])
+def test_a_rank_budget_keeps_the_nearest_update_of_that_rank(tiny_model, tmp_path, rank):
+    """Against numpy's singular values of the dense sums; ranks 4 and 6 make 10, and modules are at most 16 wide."""
+    folders = [trained(tiny_model, tmp_path / "a", 4, 32, 1), trained(tiny_model, tmp_path / "b", 6, 3, 2, True)]
+    whole = merge_adapters(folders, [0.3, -0.7], tmp_path / "whole")
+    assert (whole.rank, whole.norm_kept, whole.vllm_max_lora_rank) == (10, 1.0, 16)
+    cut = merge_adapters(folders, [0.3, -0.7], tmp_path / "cut", rank)
+    first, second, found = (updates(f) for f in (*folders, tmp_path / "cut"))
+    kept = total = 0.0
+    for name, update in found.items():
+        u, sigma, v = np.linalg.svd((0.3 * first[name] - 0.7 * second[name]).numpy(), full_matrices=False)
+        np.testing.assert_allclose(update.numpy(), (u[:, :rank] * sigma[:rank]) @ v[:rank], atol=1e-7)
+        kept, total = kept + (sigma[:rank] ** 2).sum(), total + (sigma**2).sum()
+    assert cut.rank == rank
+    assert cut.norm_kept == pytest.approx(kept / total)
+    assert cut.norm_kept < 1
+    model = attach_adapters(load_base(tiny_model, "none", CPU), {"cut": tmp_path / "cut"})
+    for name, layer in lora_layers(model).items():
+        wanted = found[f"base_model.model.{name}.lora_A.weight"].float()
+        torch.testing.assert_close(layer.get_delta_weight("cut"), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_rank_budget_that_is_not_reached_changes_nothing(tiny_model, tmp_path):
+    folders = [trained(tiny_model, tmp_path / "a", 4, 32, 1), trained(tiny_model, tmp_path / "b", 2, 3, 2)]
+    for name, rank in (("free", None), ("exact", 6), ("roomy", 64)):
+        assert merge_adapters(folders, [0.3, 0.7], tmp_path / name, rank) == Merged(6, 1.0)
+    for file in (tmp_path / "free").iterdir():
+        for name in ("exact", "roomy"):
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_module_smaller_than_the_rank_is_filled_up_with_zeros():
+    b, a = torch.randn(3, 8), torch.randn(8, 20)
+    new_b, new_a, squares = truncate(b, a, 5)
+    assert (new_b.shape, new_a.shape, squares.shape) == ((3, 5), (5, 20), (3,))
+    torch.testing.assert_close(new_b @ new_a, b @ a)
+
+
+@pytest.mark.parametrize(("rank", "limit"), [(1, 1), (2, 8), (16, 16), (17, 32), (257, 320), (512, 512), (513, None)])
+def test_vllm_needs_the_next_rank_that_it_knows(rank, limit):
+    assert Merged(rank, 1.0).vllm_max_lora_rank == limit
 
 
 def test_zero_weights_are_left_out(tiny_model, tmp_path):

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from run_by_hand import BOOSTING, CPU, WEIGHTS, write_run
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
 from ray_ensemble.ensemble import Predictor, booster_scores, boosters_of, combine
 from ray_ensemble.ensemble.scoring import ScoreRequest, ScoringReplica
 from ray_ensemble.errors import InputError
 from ray_ensemble.gradients import ReplicaSpec
-from ray_ensemble.tasks import Example, Task, encode_task
-from ray_ensemble.models import load_tokenizer
+from ray_ensemble.models import MixedAdapters, load_base, load_tokenizer
+from ray_ensemble.tasks import EncodedTask, Example, Task, encode_task
 
 
 @pytest.fixture(scope="module", params=["fresh", "warm", "nf4"])
@@ -38,18 +37,26 @@ def requests(task_folder) -> list[tuple[str, dict]]:
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
 
+@pytest.fixture(scope="module")
+def plain_run(tiny_model, task_folder, tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("plain") / "run", tiny_model, task_folder)
+
+
+def encoded_row(run: Path, model: Path, name: str, row: dict) -> EncodedTask:
+    entry = next(e for e in json.loads((run / "tasks.json").read_text())["tasks"] if e["name"] == name)
+    examples = {"train": (), "validation": (), "test": (Example({"text": row["text"]}, 0),)}
+    return encode_task(Task(name, entry["prompt"], tuple(entry["labels"]), examples), load_tokenizer(model), 64)
+
+
 def sequential(run: Path, model: Path, requests) -> list[dict[str, float]]:
     """Probabilities by PEFT's own adapters, one after the other, a row a batch."""
-    described = {entry["name"]: entry for entry in json.loads((run / "tasks.json").read_text())["tasks"]}
-    plan = json.loads((run / "plan.json").read_text())["model"]
-    replica = ScoringReplica(ReplicaSpec(str(model), plan["quantization"], str(run / "init"), 0), 1, 1)
-    tokenizer, found = load_tokenizer(model), []
+    quantization = json.loads((run / "plan.json").read_text())["model"]["quantization"]
+    replica = ScoringReplica(ReplicaSpec(str(model), quantization, str(run / "init"), 0), 1, 1)
+    found = []
     for name, row in requests:
-        entry = described[name]
-        examples = {"train": (), "validation": (), "test": (Example({"text": row["text"]}, 0),)}
-        encoded = encode_task(Task(name, entry["prompt"], tuple(entry["labels"]), examples), tokenizer, 64)
+        encoded = encoded_row(run, model, name, row)
 
-        def scores(folder: Path | None, encoded=encoded) -> np.ndarray:
+        def scores(folder: Path | None, encoded: EncodedTask = encoded) -> np.ndarray:
             return replica.score(ScoreRequest(folder, encoded, encoded["test"]))["scores"]
 
         total = combine(np.stack([scores(run / "adapters" / f"group-{g}") for g in range(4)]), np.array(WEIGHTS[name]))
@@ -57,7 +64,7 @@ def sequential(run: Path, model: Path, requests) -> list[dict[str, float]]:
         if boosters:
             stack = np.stack([scores(run / "boosters" / booster) for booster in boosters])
             total += step * booster_scores(stack, scores(run / "start" if (run / "start").exists() else None))
-        found.append(dict(zip(entry["labels"], softmax(total[0]), strict=True)))
+        found.append(dict(zip(encoded.labels, softmax(total[0]), strict=True)))
     return found
 
 
@@ -73,16 +80,85 @@ def test_a_mix_of_tasks_is_what_the_adapters_give_one_by_one(run, tiny_model, re
         assert alone["probabilities"] == pytest.approx(together["probabilities"], abs=1e-5)
 
 
-def test_only_what_has_weight_is_loaded_and_run(run, requests):
-    for path in ("adapters/group-0", "adapters/group-1", "adapters/group-3"):
-        assert (run / path).is_dir()
-    copy = Path(shutil.copytree(run, run.parent / "copy"))
-    for name in ("group-0", "group-1", "group-3"):
-        shutil.rmtree(copy / "adapters" / name)
-    predictor = Predictor(copy, ["phones"])
-    assert list(predictor.tasks) == ["phones"]
-    assert predictor.tasks["phones"].labels == ("no", "yes")
-    assert predictor.tasks["phones"].fields == ("text",)
+def test_only_what_has_weight_is_loaded(tiny_model, task_folder, requests, tmp_path):
+    run = write_run(tmp_path / "run", tiny_model, task_folder)
     rows = [request for request in requests if request[0] == "phones"]
-    assert predictor.predict(rows) == Predictor(run, ["phones"]).predict(rows)
-    shutil.rmtree(copy)
+    wanted = Predictor(run).predict(rows)
+    for name in ("group-0", "group-1", "group-3"):
+        shutil.rmtree(run / "adapters" / name)
+    shutil.rmtree(run / "boosters")
+    predictor = Predictor(run, ["phones"])
+    assert list(predictor.tasks) == ["phones"]
+    assert (predictor.tasks["phones"].labels, predictor.tasks["phones"].fields) == (("no", "yes"), ("text",))
+    found = predictor.predict(rows)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-5)
+    assert predictor.predict([]) == []
+    with pytest.raises(InputError, match=r"group-0/adapter_config\.json: this adapter configuration is missing"):
+        Predictor(run)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            ("film", {"text": "good"}),
+            r"request 2: no task 'film'.*'films'.*\(tasks: contrary, films, options, phones\)",
+        ),
+        (("films", {"txt": "good"}), r"request 2: no field 'text' \(the prompt names text\)"),
+        (("films", {"text": ["good"]}), r'request 2: field .text. is neither text nor a number, but \["good"\]'),
+        (("films", {"text": None}), "request 2: field .text. is neither text nor a number, but null"),
+    ],
+)
+def test_a_wrong_request_is_named_by_its_number(plain_run, spoil, message):
+    with pytest.raises(InputError, match=message):
+        Predictor(plain_run).predict([("films", {"text": "good"}), spoil, ("films", {"text": "bad"})])
+
+
+def test_a_prompt_that_does_not_fit_is_named_by_its_number(tiny_model, task_folder, tmp_path):
+    """A template of nothing but a field renders to nothing."""
+    run = write_run(tmp_path / "run", tiny_model, task_folder)
+    described = json.loads((run / "tasks.json").read_text())
+    described["tasks"][1]["prompt"] = "{text}"
+    (run / "tasks.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r"request 3: task 'films': the prompt of .* has no tokens"):
+        Predictor(run).predict([("films", {"text": "good"}), ("phones", {"text": ""}), ("films", {"text": ""})])
+
+
+def test_what_the_run_lacks_is_told(plain_run, tmp_path):
+    with pytest.raises(InputError, match="no task 'nothing'"):
+        Predictor(plain_run, ["films", "nothing"])
+    copy = Path(shutil.copytree(plain_run, tmp_path / "copy"))
+    (copy / "ensemble.json").unlink()
+    with pytest.raises(InputError, match="has the run come this far"):
+        Predictor(copy)
+
+
+def test_adapters_of_another_base_are_refused(tiny_model, plain_run):
+    model = load_base(tiny_model, "none", CPU)
+    del model.model.layers[1]
+    with pytest.raises(InputError, match=r"of another base \(this one has no module model.layers.1"):
+        MixedAdapters(model, {"a": plain_run / "adapters" / "group-0"})
+
+
+def test_merged_predictions_are_those_of_the_merged_adapter_alone(plain_run, tiny_model, requests):
+    """Merged adapters differ in rank; each of a mix is what PEFT makes of it."""
+    found = Predictor(plain_run, merged=True).predict(requests)
+    replica = ScoringReplica(ReplicaSpec(str(tiny_model), "none", str(plain_run / "init"), 0), 1, 1)
+    for (name, row), ours in zip(requests, found, strict=True):
+        encoded = encoded_row(plain_run, tiny_model, name, row)
+        scores = replica.score(ScoreRequest(plain_run / "merged" / name, encoded, encoded["test"]))["scores"]
+        theirs = dict(zip(encoded.labels, softmax(scores[0].astype(np.float64)), strict=True))
+        assert ours["probabilities"] == pytest.approx(theirs, abs=1e-5)
+
+
+def test_rows_of_one_adapter_must_stand_together(tiny_model, plain_run):
+    folders = {name: plain_run / "adapters" / name for name in ("group-0", "group-1")}
+    adapters = MixedAdapters(load_base(tiny_model, "none", CPU), folders)
+    names = ["group-1", None, "group-0", "group-1"]
+    ordered = [names[i] for i in adapters.order(names)]
+    assert sorted(map(str, ordered)) == sorted(map(str, names))
+    with pytest.raises(ValueError, match="stand together"), adapters.rows(names):
+        pass
+    with adapters.rows(ordered):
+        pass

@@ -14,6 +14,7 @@ from ray_ensemble.evaluation.metrics import (
     paired_difference,
     wilson_interval,
 )
+from ray_ensemble.evaluation.summary import summarise
 
 
 def draw(n=40, k=4, seed=0):
@@ -196,6 +197,22 @@ def test_swapping_the_models_swaps_the_sign():
     there, back = paired_difference(a, b, seed=1), paired_difference(b, a, seed=1)
     assert there["difference"] == pytest.approx(-back["difference"])
     assert there["interval"] == pytest.approx([-x for x in reversed(back["interval"])])
+
+
+def test_merged_is_held_against_unmerged_on_every_task():
+    outputs, labels = {}, {}
+    for place, name in enumerate(("a", "b")):
+        scores, labels[name] = draw(seed=place)
+        merged = scores + np.random.default_rng(place).normal(size=scores.shape) if name == "b" else scores
+        outputs[name] = {"base": scores, "qlora_all": scores, "group": scores, "ensemble": scores, "merged": merged}
+    found = summarise(outputs, labels)["paired"]["merged_vs_ensemble"]
+    nothing = {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert found["tasks"]["a"] == {"loss": nothing, "accuracy": nothing}
+    for place, what in enumerate(("loss", "accuracy")):
+        ours, theirs = (losses_and_hits(outputs["b"][model], labels["b"])[place] for model in ("merged", "ensemble"))
+        assert found["tasks"]["b"][what] == paired_difference([ours], [theirs])
+        assert found[what]["difference"] == pytest.approx(found["tasks"]["b"][what]["difference"] / 2)
+    assert found["tasks"]["b"]["loss"]["difference"] != 0
 
 
 @pytest.mark.parametrize(

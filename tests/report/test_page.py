@@ -175,6 +175,26 @@ def test_names_and_labels_from_data_are_escaped(run_of):
     assert "No validation was run" not in page.text
 
 
+def test_merged_is_shown_against_unmerged_for_every_dataset(run_of):
+    folder = run_of(groups=[["sst2", "cr"]])
+    metrics, ensemble = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "ensemble"))
+    pair = {
+        "loss": {"difference": 0.0312, "interval": [-0.01, 0.0724]},
+        "accuracy": {"difference": -0.0123, "interval": [-0.05, 0.025]},
+    }
+    metrics["paired"]["merged_vs_ensemble"] = {**pair, "tasks": {"sst2": pair}}
+    ensemble["merged"] = {
+        "sst2": {"rank": 12, "norm_kept": 0.875, "vllm_max_lora_rank": 16},
+        "cr": {"rank": 4, "norm_kept": 1.0, "vllm_max_lora_rank": 8},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "ensemble.json").write_text(json.dumps(ensemble))
+    text = Page(write_report(folder).read_text()).text
+    assert "sst2 12 87.5% +0.031 [−0.010, +0.072] −1.2 points [−5.0, +2.5]" in text
+    assert "cr 4 100.0% – –" in text
+    assert "vLLM serves them with --max-lora-rank 16." in text
+
+
 def test_what_is_missing_is_told_in_words(run_of):
     folder = run_of()
     for name in ("plan.json", "search/trials.csv"):

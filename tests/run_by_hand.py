@@ -13,7 +13,7 @@ from tiny import write_job
 from ray_ensemble.config import AdapterConfig, dump_config, load_config
 from ray_ensemble.ensemble import merge_adapters
 from ray_ensemble.files import write_json
-from ray_ensemble.models import draw_initial_adapter, load_base
+from ray_ensemble.models import backbone_parameters, draw_initial_adapter, load_base
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -56,13 +56,11 @@ def write_run(
     settings = {"gradients": {"batch_tokens": 256, "start": "meta" if warm else "fresh"}, **changes}
     config = load_config(write_job(folder, model, tasks, **settings))
     (folder / "config.yaml").write_text(dump_config(config))
-    described = [
-        {key: value for key, value in json.loads((path / "task.json").read_text()).items()}
-        for path in sorted(tasks.iterdir())
-    ]
+    described = [json.loads((path / "task.json").read_text()) for path in sorted(tasks.iterdir())]
     write_json(folder / "tasks.json", {"tasks": described})
-    write_json(folder / "plan.json", {"model": {"quantization": quantization, "pad_id": 0}})
     base = load_base(model, "none", CPU)
+    plan = {"quantization": quantization, "pad_id": 0, "backbone_parameters": backbone_parameters(base)}
+    write_json(folder / "plan.json", {"model": plan, "adapter": {"parameters": {"lora_A": 768, "lora_B": 512}}})
     draw_initial_adapter(base, config.adapter, folder / "init")
     draw_initial_adapter(base, AdapterConfig(rank=3, alpha=8, seed=1, rank_stabilized=True), folder / "wide")
     start = moved(folder / "init", folder / "start", 9) if warm else folder / "init"
