@@ -79,20 +79,18 @@ def _dispatch(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from ray_ensemble.serving import check_rows, predict_file
 
-    if options.input is not None and options.generate is None:
-        predict_file(options.run, options.input, options.output, task=options.task, merged=options.merged)
+    if options.input is not None:
+        how = {"task": options.task, "merged": options.merged, "generate": options.generate}
+        predict_file(options.run, options.input, options.output, **how)
         return 0
     if options.output is not None:
-        raise InputError(
-            "--output: is for the labels of a file of rows, with --input; redirect standard output instead"
-        )
+        raise InputError("--output: is for a file of rows, with --input; redirect standard output instead")
     from ray_ensemble.ensemble import Predictor
-    from ray_ensemble.tasks import parse_lines, read_jsonl
+    from ray_ensemble.tasks import parse_lines
 
     predictor = Predictor(options.run, None if options.task is None else [options.task], options.merged)
-    where = "standard input" if options.input is None else options.input
-    lines = parse_lines(sys.stdin.buffer, where) if options.input is None else read_jsonl(Path(options.input))
-    requests = [request for _, request in check_rows(lines, where, predictor.tasks, options.task)]
+    rows = check_rows(parse_lines(sys.stdin.buffer, "standard input"), "standard input", predictor.tasks, options.task)
+    requests = [request for _, request in rows]
     found = predictor.predict(requests) if options.generate is None else predictor.generate(requests, options.generate)
     for prediction in found:
         print(json.dumps(prediction, ensure_ascii=False))

@@ -11,12 +11,11 @@ from typing import Any
 
 from ray_ensemble.config import JobConfig, load_config
 from ray_ensemble.ensemble.card import model_card, public_source
-from ray_ensemble.ensemble.weights import boosters_of
+from ray_ensemble.ensemble.merge import VLLM_RANKS
+from ray_ensemble.ensemble.prediction import ensemble_parts
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, whole_folder
 
-# The values that vLLM's --max-lora-rank takes (MaxLoRARanks in vllm/config/lora.py; releases before 0.11 do not know 1).
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_LORAS = 8  # --max-loras: adapters in one batch, for each of which vLLM sets GPU memory aside
 
 
@@ -49,9 +48,8 @@ class FinishedRun:
     @property
     def starts_warm(self) -> bool:
         """Whether the boosters' scores are counted from a trained start rather than from the base."""
-        boosting = self.ensemble["boosting"]
-        boosted = any(boosters_of(boosting, task["name"])[0] for task in self.tasks)
-        return boosted and self.config.gradients.start == "meta"
+        warm = self.config.gradients.start == "meta"
+        return any("start" in ensemble_parts(self.ensemble, task["name"], warm) for task in self.tasks)
 
     @property
     def base(self) -> str:

@@ -44,7 +44,7 @@ class Endpoint:
 
         async def answer(requests: list[Request]) -> list[Any]:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, answers, self._predictor, requests)
+            return await loop.run_in_executor(self._thread, answers, self._predictor.predict, requests)
 
         # Wrapped here and not above, since the sizes are the caller's.
         self._answer = serve.batch(max_batch_size=config.batch_size, batch_wait_timeout_s=config.batch_wait)(answer)

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +31,13 @@ Columns = dict[str, NDArray[Any]]
 
 
 def predict_file(
-    folder: str | Path, source: str | Path, target: str | Path | None, *, task: str | None = None, merged: bool = False
+    folder: str | Path,
+    source: str | Path,
+    target: str | Path | None,
+    *,
+    task: str | None = None,
+    merged: bool = False,
+    generate: int | None = None,
 ) -> int:
     """Answer every row of a JSONL file, a line for each in the same order. Returns how many there were.
 
@@ -43,6 +50,7 @@ def predict_file(
         target: the file to write, whole or not at all; None is standard output.
         task: the dataset of every row.
         merged: by merged adapters, as for `Predictor`.
+        generate: write up to so many tokens in place of choosing a label word, as `Predictor.generate` does.
 
     Raises:
         InputError: a row that is wrong, told by its line; or no such run, dataset or file.
@@ -56,7 +64,7 @@ def predict_file(
     if not rows:
         raise InputError(f"--input {source}: has no rows")
     with _output(target) as stream, ray_session(), Bar("predict", len(rows), "rows") as bar:
-        found = _answers(run, [request for _, request in rows], merged)
+        found = _answers(run, [request for _, request in rows], merged, generate)
         for (line, _), answer in zip(rows, found, strict=True):
             if "error" in answer:
                 raise InputError(f"{source}:{line}: {answer['error']}")
@@ -68,22 +76,23 @@ def predict_file(
 class Answerer:
     """One copy of the base with the adapters that the rows need; the class behind Ray Data's actors."""
 
-    def __init__(self, folder: str, tasks: Sequence[str], merged: bool, threads: int) -> None:
+    def __init__(self, folder: str, tasks: Sequence[str], merged: bool, generate: int | None, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._predictor = Predictor(folder, tasks, merged)
+        predictor = Predictor(folder, tasks, merged)
+        self._ask = predictor.predict if generate is None else partial(predictor.generate, max_new_tokens=generate)
 
     def __call__(self, rows: Columns) -> Columns:
         """Columns `number` and `request` (JSON) -> `number` and `answer` (JSON, with `error` alone where there is none)."""
         found = [
             {"error": str(answer)} if isinstance(answer, InputError) else answer
-            for answer in answers(self._predictor, [tuple(json.loads(text)) for text in rows["request"]])
+            for answer in answers(self._ask, [tuple(json.loads(text)) for text in rows["request"]])
         ]
         return {"number": rows["number"], "answer": np.array([json.dumps(answer) for answer in found], dtype=object)}
 
 
-def _answers(run: Path, requests: Sequence[Request], merged: bool) -> Iterator[dict[str, Any]]:
+def _answers(run: Path, requests: Sequence[Request], merged: bool, generate: int | None) -> Iterator[dict[str, Any]]:
     import ray
 
     config = load_config(run / "config.yaml").gradients
@@ -97,7 +106,7 @@ def _answers(run: Path, requests: Sequence[Request], merged: bool) -> Iterator[d
         rows = [{"number": number, "request": json.dumps(request)} for number, request in enumerate(requests)]
         answered = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             Answerer,
-            fn_constructor_args=(str(run), sorted({task for task, _ in requests}), merged, config.threads),
+            fn_constructor_args=(str(run), sorted({task for task, _ in requests}), merged, generate, config.threads),
             batch_size=_ROWS,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(min_size=size.least, max_size=size.most),

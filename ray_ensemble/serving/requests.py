@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request
+from ray_ensemble.ensemble.prediction import PredictedTask, Request
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
 from ray_ensemble.tasks import prompt_fields
@@ -118,14 +118,14 @@ def parse_body(body: bytes, tasks: Mapping[str, PredictedTask], max_rows: int) -
     return [_row(row, tasks, f"row {number}: ") for number, row in enumerate(data, start=1)], True
 
 
-def answers(predictor: Predictor, requests: Sequence[Request]) -> list[Any]:
+def answers(ask: Callable[[Sequence[Request]], list[Any]], requests: Sequence[Request]) -> list[Any]:
     """The answer to each request, or an `InputError` in its place: what is wrong with one is nothing to the others."""
     try:
-        return list(predictor.predict(requests))
+        return ask(requests)
     except InputError as error:
         if len(requests) == 1:
             return [InputError(str(error).removeprefix("request 1: "))]
-        return [answers(predictor, [request])[0] for request in requests]
+        return [answers(ask, [request])[0] for request in requests]
 
 
 def _row(row: Any, tasks: Mapping[str, PredictedTask], where: str) -> Request:

@@ -7,10 +7,11 @@ import hashlib
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_by_hand import write_run
 
@@ -36,6 +37,13 @@ Answer = tuple[int, Any, dict[str, str]]
 @pytest.fixture(scope="module")
 def run(tiny_model, task_folder, tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("serving") / "run", tiny_model, task_folder)
+
+
+@pytest.fixture(autouse=True)
+def replica(monkeypatch) -> None:
+    """The one thing that Ray's batch queue wants to know of the replica that it is in."""
+    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=1000))
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@settings(max_examples=60, deadline=None)
 @given(JSON)
 def test_whatever_json_comes_it_is_parsed_or_refused(data):
     """What passes holds text or numbers for exactly the fields of a known prompt."""
