@@ -15,7 +15,7 @@ from scipy.special import log_softmax, softmax
 
 from ray_ensemble.config import load_config
 from ray_ensemble.ensemble.generation import Prompt, generate
-from ray_ensemble.ensemble.weights import coefficients
+from ray_ensemble.ensemble.weights import boosters_of, coefficients
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
 from ray_ensemble.models import (
@@ -225,7 +225,7 @@ def ensemble_parts(ensemble: Mapping[str, Any], task: str, warm: bool) -> dict[s
 
     Where θ₀ was trained (`warm`) its adapter is one of them, else the bare base, None.
     """
-    boosters = ensemble["boosting"]["adapters"]
+    boosters, _ = boosters_of(ensemble["boosting"], task)
 
     def folder(name: str) -> str | None:
         if name == "start":
