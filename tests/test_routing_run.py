@@ -42,8 +42,6 @@ def test_baselines_and_router_stand_beside_the_ensemble_and_change_nothing_in_it
     for found in router["tasks"].values():
         assert 0 <= found["end_to_end"] <= 1
         assert 0 <= found["accuracy"] <= 1
-    # The texts of three of the tasks are alike, those of the fourth are not quite.
-    assert router["mean"]["accuracy"] > 0.25
     ensemble = read(routed, "ensemble")
     assert ensemble["held_out"].keys() == ensemble["weights"].keys()
     assert {"strength", "tried"} == ensemble["shrinkage"].keys()

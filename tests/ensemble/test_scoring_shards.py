@@ -121,6 +121,7 @@ def test_more_adapters_than_are_kept_come_and_go(spec, tasks, adapters, monkeypa
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_pool_scores_on_shards_what_it_scores_on_whole_bases(spec, tasks, adapters, tmp_path, wide_cluster):
     requests = [ScoreRequest(folder, task, task["train"]) for task in tasks for folder in (None, *adapters[:2])]
     base = {"model": "tiny"}
