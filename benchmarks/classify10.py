@@ -139,11 +139,12 @@ class Bench:
         self._done: set[Piece] = set()
 
     def run(self, minutes: float | None) -> bool:
-        """Do what is left, or as much as can be begun in so many minutes; whether all is done."""
+        """Do what is left, or as much as can be begun in so many minutes (one unit at least, unless 0); whether all is done."""
         end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         log = jsonl_appender(self.experiment.path / "units.jsonl")
+        begun = minutes == 0
         while left := self.left():
-            if time.monotonic() >= end:
+            if begun and time.monotonic() >= end:
                 print(
                     f"time is over: {len(left)} of {len(self._pieces)} pieces left; the same command goes on from here"
                 )
@@ -156,7 +157,7 @@ class Bench:
                 f"{'; '.join(map(str, unit))} ({about}{done} of {len(self._pieces)} pieces done, {self._forecast(left)})",
                 flush=True,
             )
-            started = time.monotonic()
+            begun, started = True, time.monotonic()
             self._do(unit)
             log(
                 {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from ray_ensemble.report.load import RIVALS, RunData
 
 Measure = Literal["loss", "accuracy"]
 MEASURES: tuple[Measure, ...] = ("loss", "accuracy")
+MEANS = {"macro_f1": "macro-F1", "ece": "calibration error"}  # told as means over datasets alone, in percent
 
 FLOPS_PARTS = {
     "gradients": "gradients",
@@ -151,6 +153,26 @@ def worse(data: RunData, measure: Measure, over: str = "qlora_all") -> list[tupl
     """Datasets on which the ensemble is worse than `over` and by how much, the worst first."""
     found = [(task, gain(data, task, measure, over)) for task in data.order]
     return sorted(((task, -by) for task, by in found if by is not None and by < 0), key=lambda pair: -pair[1])
+
+
+def means(data: RunData, variants: Mapping[str, str]) -> dict[str, str]:
+    """Each of `MEANS` that was measured, by its name: every variant's figure and interval on one line.
+
+    Args:
+        data: the run.
+        variants: the names that variants are told by.
+    """
+    lines = {}
+    for measure, name in MEANS.items():
+        found = {variant: data.measured(None, variant) for variant in variants}
+        told = [
+            f"{variants[variant]} {number(100 * each[measure], 1)}% {span('accuracy', each.get(f'{measure}_interval'))}"
+            for variant, each in found.items()
+            if isinstance(each.get(measure), int | float)
+        ]
+        if told:
+            lines[name] = ", ".join(told)
+    return lines
 
 
 def is_best(data: RunData, task: str | None, variant: str, measure: Measure) -> bool:

@@ -16,9 +16,18 @@ _TERMS = {
         "has ln K. The same definition serves estimate, training, metrics and prediction."
     ),
     "Accuracy": "Share of examples on which the right label has the highest score.",
+    "Macro-F1": (
+        "Mean over a dataset's classes of F1 = 2·TP / (2·TP + FP + FN); a class that is neither label nor prediction of any "
+        "example does not count."
+    ),
+    "Calibration error": (
+        "Expected calibration error of the prediction, in 15 bins of equal width of its probability: sum over bins of "
+        "|hits − sum of probabilities| / n. Above zero on few examples even for a calibrated model."
+    ),
     "Mean": "Every dataset counts the same, whatever its size.",
     "Intervals": (
-        "95%. Loss: percentile bootstrap over test examples, 2,000 resamples. Accuracy: Wilson. Differences: paired bootstrap, "
+        "95%. Loss: percentile bootstrap over test examples, 2,000 resamples. Accuracy: Wilson. "
+        "Calibration error: basic bootstrap. Differences: paired bootstrap, "
         "the same examples redrawn within each dataset for both models. They cover the choice of test examples, "
         "not the seeds of training."
     ),

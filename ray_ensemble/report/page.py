@@ -83,7 +83,10 @@ def _result(data: RunData, figures: Figures) -> Html:
         parts += [element("h3", "The ensemble's parts and its merged form"), _table(data, relatives)]
     if absent:
         parts.append(paragraph(f"Not measured in this run: {', '.join(absent)}.", class_="note"))
-    lines = []
+    called = {variant: VARIANTS[variant] for variant in variants}
+    lines = [
+        f"{measure.capitalize()}, mean over datasets: {text}." for measure, text in facts.means(data, names).items()
+    ]
     for measure in MEASURES:
         found = facts.comparison(data, measure)
         if found:

@@ -29,7 +29,15 @@ def terminal_summary(folder: Path) -> Group:
         InputError: a file of a finished run is missing or damaged; it is named.
     """
     data = load_run(folder)
-    parts = [_Results(data), *_differences(data), *_partition(data), *_boosting(data), *_cost(data), _path(folder)]
+    parts = [
+        _Results(data),
+        *_means(data),
+        *_differences(data),
+        *_partition(data),
+        *_boosting(data),
+        *_cost(data),
+        _path(folder),
+    ]
     return Group(*parts)
 
 
@@ -95,6 +103,11 @@ def _block(title: str, rows: list[tuple[str, str]]) -> list[RenderableType]:
     for key, text in rows:
         grid.add_row(Text(f"  {key}"), Text(text))
     return [Text(f"\n{title}", "bold"), grid]
+
+
+def _means(data: RunData) -> list[RenderableType]:
+    rows = list(facts.means(data, SHORT).items())
+    return _block("Means over datasets", rows) if rows else []
 
 
 def _differences(data: RunData) -> list[RenderableType]:

@@ -40,6 +40,10 @@ def measure(groups, labels, n):
             "loss": float(np.mean([t[variant]["loss"] for t in tasks.values()])),
             "accuracy": float(np.mean([t[variant]["accuracy"] for t in tasks.values()])),
             "n": n * len(tasks),
+            "macro_f1": float(np.mean([t[variant]["macro_f1"] for t in tasks.values()])),
+            "macro_f1_interval": next(iter(tasks.values()))[variant]["macro_f1_interval"],
+            "ece": float(np.mean([t[variant]["ece"] for t in tasks.values()])),
+            "ece_interval": next(iter(tasks.values()))[variant]["ece_interval"],
         }
         for variant in SKILL
     }

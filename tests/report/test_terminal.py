@@ -96,3 +96,16 @@ def test_boosting_steps_are_one_line_each(boosted_folder, run_folder):
     )
     assert "booster-1 group-1: training loss – → –, validation loss – → –; left out" in text
     assert "Boosting" not in printed(run_folder)
+
+
+def test_macro_f1_and_calibration_are_told_where_they_were_measured(run_folder):
+    path = run_folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    mean = metrics["mean"]
+    line = f"one QLoRA {100 * mean['qlora_all']['macro_f1']:.1f}% ["
+    assert line in printed(run_folder, 200)
+    assert f"ensemble {100 * mean['ensemble']['ece']:.1f}% [" in printed(run_folder, 200)
+    for each in mean.values():
+        del each["macro_f1"], each["ece"]
+    path.write_text(json.dumps(metrics))
+    assert "Means over datasets" not in printed(run_folder, 200)

@@ -40,3 +40,9 @@ def test_what_is_left_over_goes_to_the_largest_remainders():
 def test_a_task_without_a_step_is_refused():
     with pytest.raises(InputError, match=r"training\.epochs: 13 steps for 2 tasks leave one with none \(1 of 101"):
         task_steps([100, 1], TrainingConfig(epochs=1, batch_size=8))
+
+
+def test_more_steps_are_shared_out_alike():
+    training = TrainingConfig(epochs=1, batch_size=4)
+    assert task_steps([8, 12, 16], training) == (2, 3, 4)
+    assert task_steps([8, 12, 16], training, more=9) == (4, 6, 8)

@@ -1,0 +1,286 @@
+"""`benchmarks/classify10.py`: arms of equal budgets, in pieces, resumed, and paired over examples and seeds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import write_job, write_task
+
+TASKS = ("contrary", "films", "phones")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import classify10
+    finally:
+        sys.path.remove(folder)
+    return classify10
+
+
+@pytest.fixture(scope="module")
+def arms(benchmark) -> ModuleType:
+    return sys.modules["classify10_arms"]
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model, tmp_path_factory) -> Path:
+    """Three tasks of 8, 12 and 16 training examples: 9 steps after 4 of a common start."""
+    folder = tmp_path_factory.mktemp("classify10")
+    for number, name in enumerate(TASKS):
+        write_task(folder / "tasks" / name, flip=name == "contrary", seed=number, train=8 + 4 * number)
+    return write_job(
+        folder,
+        tiny_model,
+        folder / "tasks",
+        gradients={"dim": 32, "replicas": 1, "start": "meta", "meta_steps": 4},
+        estimator={"subsets": 3, "subset_size": 2},
+        search={"groups": [2], "trials": 2},
+        # One Ray Train run a unit. The floor of 16 steps must not count.
+        training={
+            "epochs": 1,
+            "min_steps": 16,
+            "batch_size": 4,
+            "learning_rate": 5e-3,
+            "pack": 8,
+            "concurrency": 1,
+        },
+    )
+
+
+# Pieces -----------------------------------------------------------------------------------------------------------------
+
+
+def test_arms_bring_what_they_need_and_come_after_it(benchmark, arms):
+    assert benchmark.with_needs(["qlora_longer"]) == ["qlora_all", "ours", "boosted", "qlora_longer"]
+    assert benchmark.with_needs(["uniform"]) == ["per_dataset", "uniform"]
+    assert benchmark.with_needs(list(arms.ARMS)) == list(arms.ARMS)
+    found = benchmark.pieces(list(arms.ARMS), 3)
+    assert len(found) == len(set(found))
+    for place, piece in enumerate(found):
+        before = found[:place]
+        if piece.kind in ("train", "result"):
+            for need in arms.ARMS[piece.arm].needs:
+                wanted = {
+                    "search": benchmark.Piece("search", seed=piece.seed),
+                    "hidden_states": benchmark.Piece("hidden_states"),
+                }.get(need, benchmark.Piece("result", need, piece.seed))
+                assert wanted in before, f"{piece} before {wanted}"
+        if piece.kind == "result" and arms.ARMS[piece.arm].works:
+            assert benchmark.Piece("train", piece.arm, piece.seed) in before
+
+
+def test_an_arm_is_done_with_all_seeds_before_the_next(benchmark):
+    told = [str(piece) for piece in benchmark.pieces(["qlora_all", "ours"], 2)]
+    assert told == [
+        "gradients",
+        "training of qlora_all, seed 0",
+        "training of qlora_all, seed 1",
+        "result of qlora_all, seed 0",
+        "result of qlora_all, seed 1",
+        "search, seed 0",
+        "search, seed 1",
+        "training of ours, seed 0",
+        "training of ours, seed 1",
+        "result of ours, seed 0",
+        "result of ours, seed 1",
+    ]
+
+
+def test_a_unit_fills_the_lanes_with_what_is_ready(benchmark):
+    left = benchmark.pieces(["qlora_all", "ours", "per_dataset"], 3)[1:]
+    jobs = {"qlora_all": 1, "ours": None, "per_dataset": 10}
+
+    def unit(lanes: int) -> list[str]:
+        return [str(piece) for piece in benchmark.next_unit(left, lambda piece: jobs[piece.arm], lanes)]
+
+    joint = [f"training of qlora_all, seed {seed}" for seed in range(3)]
+    assert unit(1) == joint[:1]
+    assert unit(2) == joint[:2]
+    # The groups of ours are not known yet, and are passed over.
+    assert unit(4) == [*joint, "training of per_dataset, seed 0"]
+    assert unit(100) == [*joint, *(f"training of per_dataset, seed {seed}" for seed in range(3))]
+    results = [piece for piece in left if piece.kind == "result"]
+    assert benchmark.next_unit(results, lambda piece: 1, 4) == results[:1]
+
+
+def test_the_forecast_is_amount_times_rate(benchmark):
+    done = [
+        {"kind": "train", "amount": 100, "seconds": 50.0},
+        {"kind": "train", "amount": 300, "seconds": 250.0},
+        {"kind": "result", "amount": 1, "seconds": 8.0},
+    ]
+    assert benchmark.time_left({"train": 40, "result": 2, "search": 3}, done) == (pytest.approx(46.0), ["search"])
+
+
+# Budgets ----------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_of_equal_flops_cost_at_least_as_much(arms):
+    assert arms.equal_flops_steps(400, 800.0, 801.0) == 401
+    assert arms.equal_flops_steps(400, 800.0, 1000.0) == 500
+    assert arms.equal_flops_steps(400, 800.0, 500.0) == 400
+
+
+def test_the_rate_is_chosen_by_the_search_s_measure(arms):
+    reached = {"a": (0.5, 0.8), "b": (0.6, 0.9), "c": (0.55, 0.9)}
+    assert arms.choose_rate(reached, "loss") == "a"
+    assert arms.choose_rate(reached, "accuracy") == "c"
+    scores = [np.log([[0.9, 0.1], [0.5, 0.5]]), np.log([[0.2, 0.8]])]
+    loss, accuracy = arms.validation_means(scores, [np.array([0, 1]), np.array([1])])
+    assert loss == pytest.approx((-np.log(0.9) / 2 - np.log(0.5) / 2 - np.log(0.8)) / 2)
+    assert accuracy == pytest.approx(0.75)
+
+
+@pytest.fixture
+def experiment(benchmark, job, tmp_path):
+    from ray_ensemble.config import load_config
+
+    with ExitStack() as stack:
+        yield benchmark.Experiment(tmp_path / "run", load_config(job), stack)
+
+
+def test_every_partition_has_the_same_steps(experiment, arms):
+    assert experiment.warm_up == 4
+    assert experiment.shares == {"contrary": 2, "films": 3, "phones": 4}
+    assert experiment.steps == 13
+    assert experiment.config.training.min_steps == 0
+    alone = [work.job.steps for work in arms.ARMS["per_dataset"].works(experiment, 0)]
+    assert sum(alone) + experiment.warm_up == experiment.steps
+    assert experiment.wide(3).config.adapter.rank == 12
+    assert experiment.wide(3).config.adapter.alpha == 96
+
+
+def planted(seed: int, skill: float, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = [np.arange(n) % 2 for n in sizes]
+    return [generator.normal(size=(n, 2)) + skill * np.eye(2)[y] for n, y in zip(sizes, labels, strict=True)]
+
+
+def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment, arms):
+    from ray_ensemble.evaluation import losses_and_hits
+
+    result = sys.modules["classify10_experiment"].Result
+    experiment.job.through("plan")
+    sizes = tuple(len(task["test"]) for task in experiment.job.encoded)
+    labels = [np.array([e.label for e in task["test"]]) for task in experiment.job.encoded]
+    accuracy: dict[str, list[list[float]]] = {}
+    for place, (arm, skill) in enumerate({"qlora_all": 0.5, "ours": 1.5, "per_dataset": 1.0}.items()):
+        for seed in range(2):
+            scores = dict(zip(TASKS, planted(10 * place + seed, skill, sizes), strict=True))
+            kept = result(scores, steps=13, adapters=2, about={"m": 2, "groups": [["films", "phones"], ["contrary"]]})
+            kept.add("groups", 100.0 + 20 * seed, 5.0, 2**20)
+            if arm == "ours":
+                kept.add("search", 10.0, 1.0)
+            experiment.keep(arm, seed, kept)
+            hits = [losses_and_hits(scores[name], y)[1].mean() for name, y in zip(TASKS, labels, strict=True)]
+            accuracy.setdefault(arm, []).append(hits)
+    experiment.keep("random", 0, kept)  # of seed 0 alone: not complete
+    told = benchmark.figures(experiment, ["qlora_all", "ours", "per_dataset", "random"], 2)
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert list(told["arms"]) == ["qlora_all", "ours", "per_dataset"]
+    assert told["left_out"] == ["random"]
+    ours = told["arms"]["ours"]
+    assert ours["equal_steps"] is True
+    assert ours["ratio"] == pytest.approx([110 / 100, 130 / 120])
+    assert ours["flops"] == {"groups": 110.0, "search": 10.0}
+    assert ours["seconds"] == {"groups": 5.0, "search": 1.0}
+    assert ours["accuracy"]["by_seed"] == pytest.approx(np.mean(accuracy["ours"], axis=1))
+    for other in ("qlora_all", "per_dataset"):
+        gap = np.subtract(accuracy["ours"], accuracy[other])
+        paired = ours["minus"][other]["accuracy"]
+        assert paired["difference"] == pytest.approx(gap.mean())
+        assert paired["by_training"] == pytest.approx(gap.mean(axis=1))
+        for place, name in enumerate(TASKS):
+            each = told["by_dataset"][name][f"ours_minus_{other}"]["accuracy"]
+            assert each["difference"] == pytest.approx(gap[:, place].mean())
+    words = "\n".join(sys.modules["classify10_table"].verdicts(told))
+    assert "ours − qlora_all: accuracy +" in words
+    assert "not complete yet: random" in words
+    text = sys.modules["classify10_table"].markdown(told)
+    assert "| ours: found groups, fitted weights | 13 |" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 2, "two whole tables"
+
+
+def test_wrong_use_is_told(benchmark, job, tmp_path, capsys):
+    for wrong, message in (("--seeds", "--seeds 0: 1 at least"), ("--only", "invalid choice: '0'")):
+        with pytest.raises(SystemExit):
+            benchmark.main([str(job), "--output", str(tmp_path / "run"), wrong, "0"])
+        assert message in capsys.readouterr().err
+    assert benchmark.main([str(tmp_path / "none.yaml"), "--output", str(tmp_path / "run")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+# The whole --------------------------------------------------------------------------------------------------------------
+
+
+def untimed(told: Any) -> Any:
+    """Figures without seconds and memory, which no two runs share."""
+    if isinstance(told, dict):
+        return {key: untimed(value) for key, value in told.items() if key not in ("seconds", "peak_memory_bytes")}
+    return [untimed(each) for each in told] if isinstance(told, list) else told
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_whole_benchmark_and_one_in_pieces_agree(benchmark, arms, job, ray_cluster, tmp_path, capsys):
+    def call(name: str, *more: str) -> int:
+        command = [str(job), "--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json"), "--seeds", "2"]
+        return benchmark.main([*command, *more])
+
+    assert call("whole") == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    found = whole["arms"]
+    assert list(found) == list(arms.ARMS)
+    assert whole["left_out"] == []
+
+    # Budgets: all but these have 4 + 9 steps, and what is trained has what it was to have.
+    others = {"base": [0, 0], "qlora_tuned": [39, 39], "qlora_longer": found["qlora_longer"]["steps"]}
+    for name, arm in found.items():
+        assert arm["steps"] == others.get(name, [13, 13]), name
+        assert arm["equal_steps"] is (name not in others)
+    for record in (tmp_path / "whole" / "job" / "trained").glob("*/result.json"):
+        trained = json.loads(record.read_text())
+        assert trained["steps"] in (4, 2, 3, 4, 5, 6, 7, 13, *others["qlora_longer"]), trained
+    for name in ("boosted", "qlora_longer"):
+        assert len(found[name]["ratio"]) == 2
+    for longer, boosted in zip(found["qlora_longer"]["ratio"], found["boosted"]["ratio"], strict=True):
+        # A step more costs at most its longest batch.
+        assert boosted * 0.95 < longer < boosted + 0.2
+    assert found["ours"]["flops"].keys() == {"gradients", "search", "groups", "ensemble"}
+    assert found["boosted"]["flops"].keys() == {"gradients", "search", "groups", "ensemble", "boosting"}
+    assert [about["rank"] for about in found["qlora_wide"]["about"]] == [8, 8]
+    for seed, about in enumerate(found["qlora_tuned"]["about"]):
+        losses = {float(rate): each["loss"] for rate, each in about["validation"].items()}
+        assert len(losses) == 3
+        assert losses[min(losses, key=lambda rate: abs(rate - about["rate"]))] == min(losses.values())
+        same = next(name for name in ("qlora_all", *arms.RATES) if found[name]["about"][seed]["rate"] == about["rate"])
+        assert found["qlora_tuned"]["loss"]["by_seed"][seed] == found[same]["loss"]["by_seed"][seed]
+
+    # Again: nothing is left to do, and it tells the same to the last byte.
+    first = (tmp_path / "whole.json").read_bytes()
+    capsys.readouterr()
+    assert call("whole", "--minutes", "0") == 0
+    assert (tmp_path / "whole.json").read_bytes() == first
+
+    # In as many calls as there are units.
+    assert call("pieces", "--minutes", "0") == 1
+    calls, told = 0, []
+    while call("pieces", "--minutes", "1e-9") == 1:
+        calls += 1
+        assert calls < 100
+        told.append(list(json.loads((tmp_path / "pieces.json").read_text())["arms"]))
+    assert calls > 20
+    assert told[0] == []
+    assert "qlora_all" in told[len(told) // 2]
+    assert "left; the same command goes on from here" in capsys.readouterr().out
+    assert untimed(json.loads((tmp_path / "pieces.json").read_text())) == untimed(whole)
