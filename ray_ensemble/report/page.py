@@ -85,7 +85,7 @@ def _result(data: RunData, figures: Figures) -> Html:
         parts.append(paragraph(f"Not measured in this run: {', '.join(absent)}.", class_="note"))
     called = {variant: VARIANTS[variant] for variant in variants}
     lines = [
-        f"{measure.capitalize()}, mean over datasets: {text}." for measure, text in facts.means(data, names).items()
+        f"{measure.capitalize()}, mean over datasets: {text}." for measure, text in facts.means(data, called).items()
     ]
     for measure in MEASURES:
         found = facts.comparison(data, measure)
