@@ -96,25 +96,28 @@ def pieces(arms: Sequence[str], seeds: int) -> list[Piece]:
     return list(found)
 
 
-def next_unit(left: Sequence[Piece], jobs: Callable[[Piece], int | None], lanes: int) -> list[Piece]:
+def next_unit(left: Sequence[Piece], settings: Callable[[Piece], list[Any] | None], lanes: int) -> list[Piece]:
     """The pieces to do next: the first one, and if it is a training, others that are ready until every lane has an adapter.
+
+    Trainings of a unit have one setting, since those of others would have to wait for them.
 
     Args:
         left: what is not done, in order; the first is ready.
-        jobs: adapters that the training of a piece has yet to make; None where it is not ready.
+        settings: of each adapter that the training of a piece has yet to make; None where it is not ready.
         lanes: adapters that are trained side by side.
     """
     first = left[0]
     if first.kind != "train":
         return [first]
-    unit: list[Piece] = []
-    count = 0
-    for piece in left:
+    unit, own = [first], settings(first) or []
+    count = len(own)
+    for piece in left[1:]:
         if count >= lanes:
             break
-        if piece.kind == "train" and (more := jobs(piece)) is not None:
+        more = settings(piece) if piece.kind == "train" else None
+        if more and set(more) == set(own):
             unit.append(piece)
-            count += more
+            count += len(more)
     return unit
 
 
@@ -149,7 +152,7 @@ class Bench:
                     f"time is over: {len(left)} of {len(self._pieces)} pieces left; the same command goes on from here"
                 )
                 return False
-            unit = next_unit(left, self._jobs, self._lanes())
+            unit = next_unit(left, self._settings, self._lanes())
             kind, amount = unit[0].kind, sum(self._amount(piece) for piece in unit)
             done = len(self._pieces) - len(left)
             about = f"{amount:,.0f} steps; " if kind == "train" else ""
@@ -186,7 +189,7 @@ class Bench:
             return experiment.states_file.exists()
         if experiment.record(piece.arm, piece.seed).exists():
             return True
-        return piece.kind == "train" and self._jobs(piece) == 0
+        return piece.kind == "train" and self._settings(piece) == []
 
     def _ready(self, piece: Piece) -> bool:
         """Whether what an arm needs is there."""
@@ -209,8 +212,8 @@ class Bench:
         made = works(self.experiment, piece.seed) if works is not None else []
         return [work for work in made if self.experiment.trained(work) is None]
 
-    def _jobs(self, piece: Piece) -> int | None:
-        return len(self._works(piece)) if self._ready(piece) else None
+    def _settings(self, piece: Piece) -> list[Any] | None:
+        return [work.setting for work in self._works(piece)] if self._ready(piece) else None
 
     def _amount(self, piece: Piece) -> float:
         """Steps of a training, about as many as a budget where it is not ready; else 1."""
@@ -225,8 +228,9 @@ class Bench:
         for piece in left:
             amounts[piece.kind] = amounts.get(piece.kind, 0.0) + self._amount(piece)
         expected, unknown = time_left(amounts, list(read_units(self.experiment.path / "units.jsonl")))
-        told = f"about {seconds(expected)} left" if expected else "time left not known yet"
-        return f"{told}, and {', '.join(kind.replace('_', ' ') for kind in unknown)}" if expected and unknown else told
+        names = ", ".join({"train": "training", "hidden_states": "hidden states"}.get(kind, kind) for kind in unknown)
+        but = f", but for {names}, not timed yet" if unknown else ""
+        return f"about {seconds(expected)} left{but}" if expected else "time left not known yet"
 
     def _lanes(self) -> int:
         self.experiment.job.need_ray()

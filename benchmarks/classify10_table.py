@@ -234,6 +234,6 @@ def markdown(told: Mapping[str, Any]) -> str:
         if body:
             lines = [head, ["---", *("---:" for _ in head[1:])], *body]
             parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    parts.insert(1, f"{caption(told).capitalize()}.")
+    parts.insert(1, f"M{caption(told)[1:]}.")
     parts.append("\n".join(f"- {line}" for line in verdicts(told)))
     return "\n\n".join(parts) + "\n"

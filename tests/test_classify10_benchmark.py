@@ -98,10 +98,10 @@ def test_an_arm_is_done_with_all_seeds_before_the_next(benchmark):
 
 def test_a_unit_fills_the_lanes_with_what_is_ready(benchmark):
     left = benchmark.pieces(["qlora_all", "ours", "per_dataset"], 3)[1:]
-    jobs = {"qlora_all": 1, "ours": None, "per_dataset": 10}
+    settings: dict[str, list[str] | None] = {"qlora_all": ["a"], "ours": None, "per_dataset": ["a"] * 10}
 
     def unit(lanes: int) -> list[str]:
-        return [str(piece) for piece in benchmark.next_unit(left, lambda piece: jobs[piece.arm], lanes)]
+        return [str(piece) for piece in benchmark.next_unit(left, lambda piece: settings[piece.arm], lanes)]
 
     joint = [f"training of qlora_all, seed {seed}" for seed in range(3)]
     assert unit(1) == joint[:1]
@@ -109,8 +109,10 @@ def test_a_unit_fills_the_lanes_with_what_is_ready(benchmark):
     # The groups of ours are not known yet, and are passed over.
     assert unit(4) == [*joint, "training of per_dataset, seed 0"]
     assert unit(100) == [*joint, *(f"training of per_dataset, seed {seed}" for seed in range(3))]
+    settings["per_dataset"] = ["b"] * 10
+    assert unit(100) == joint
     results = [piece for piece in left if piece.kind == "result"]
-    assert benchmark.next_unit(results, lambda piece: 1, 4) == results[:1]
+    assert benchmark.next_unit(results, lambda piece: ["a"], 4) == results[:1]
 
 
 def test_the_forecast_is_amount_times_rate(benchmark):
