@@ -12,8 +12,8 @@ from classify10_experiment import Experiment
 from numpy.typing import NDArray
 from rich.table import Table
 
-from ray_ensemble.evaluation.metrics import MEASURES, Resampled, resample
-from ray_ensemble.files import read_json
+from ray_ensemble.evaluation.metrics import MEASURES, RESAMPLES, Resampled, resample
+from ray_ensemble.models import default_device
 from ray_ensemble.report.facts import Measure, change, measured, number, seconds, size, span
 from ray_ensemble.report.tables import text_table
 
@@ -33,8 +33,13 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
     costs = {arm: [experiment.cost(arm, seed) for seed in range(seeds)] for arm in complete}
     reference = [total(cost) for cost in costs.get("qlora_all", ())]
     shown = [arm for arm in (*REFERENCES, *OURS) if arm in complete]
+    # Of the other arms only the values on each task are told, which need no draws.
     by_task = {
-        arm: [resample([each], [right]) for each, right in zip(scores[arm], labels, strict=True)] for arm in complete
+        arm: [
+            resample([each], [right], resamples=RESAMPLES if arm in shown else 1)
+            for each, right in zip(scores[arm], labels, strict=True)
+        ]
+        for arm in complete
     }
     arms = {}
     for arm in complete:
@@ -56,10 +61,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
         }
     return {
         "benchmark": "classify10",
-        "machine": {
-            "cores": os.cpu_count(),
-            "device": read_json(experiment.job.folder / "plan.json", "plan")["model"]["device"],
-        },
+        "machine": {"cores": os.cpu_count(), "device": default_device().type},
         "seeds": seeds,
         "tasks": {
             name: {split: len(task[split]) for split in ("train", "validation", "test")}

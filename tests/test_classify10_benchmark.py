@@ -172,7 +172,6 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
     from ray_ensemble.evaluation import losses_and_hits
 
     result = sys.modules["classify10_experiment"].Result
-    experiment.job.through("plan")
     sizes = tuple(len(task["test"]) for task in experiment.job.encoded)
     labels = [np.array([e.label for e in task["test"]]) for task in experiment.job.encoded]
     accuracy: dict[str, list[list[float]]] = {}
