@@ -32,6 +32,7 @@ TASKS = {
     "odd": PredictedTask("{task}:", ("task",), ("a", "b")),
 }
 Answer = tuple[int, Any, dict[str, str]]
+LOOP = asyncio.new_event_loop()  # one for all tests: a batch queue stays in the loop that it began in
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ async def call(target: Any, path: str, body: bytes = b"", method: str = "POST", 
 
 
 def ask(target: Any, path: str, body: bytes = b"", method: str = "POST", **headers: str) -> Answer:
-    return asyncio.run(call(target, path, body, method, **headers))
+    return LOOP.run_until_complete(call(target, path, body, method, **headers))
 
 
 def test_requests_of_many_tasks_at_once_get_the_predictors_answers(run, rows, monkeypatch):
@@ -101,7 +102,7 @@ def test_requests_of_many_tasks_at_once_get_the_predictors_answers(run, rows, mo
         bodies = [json.dumps(row).encode() for row in rows] + [json.dumps(rows).encode()]
         return await asyncio.gather(*(call(target, "/predict", body) for body in bodies))
 
-    *single, together = asyncio.run(all_at_once())
+    *single, together = LOOP.run_until_complete(all_at_once())
     expected = Predictor(run).predict([(row["task"], row) for row in rows])
     for status, answer, _ in single:
         assert status == 200, answer
@@ -128,7 +129,7 @@ def test_a_row_that_only_the_tokenizer_refuses_harms_no_other(served, rows, monk
         bodies = [rows[0], {"task": "films", "text": "bad"}, rows[1]]
         return await asyncio.gather(*(call(served, "/predict", json.dumps(body).encode()) for body in bodies))
 
-    good, bad, other = asyncio.run(both())
+    good, bad, other = LOOP.run_until_complete(both())
     assert (good[0], bad[0], other[0]) == (200, 422, 200)
     assert bad[1] == {"error": "no tokens"}
     status, answer, _ = ask(served, "/predict", json.dumps([rows[0], {"task": "films", "text": "bad"}]).encode())
