@@ -203,6 +203,7 @@ def test_a_rank_budget_of_merged_adapters_is_kept_and_measured(run_copy, capsys)
         assert after[task]["ensemble"] == before[task]["ensemble"]
 
 
+@pytest.mark.slow
 def test_whole_job_in_four_bits(ray_cluster, tiny_model, tmp_path):
     """NF4 on the CPU: gradients, training and scores all see the same quantised base."""
     write_task(tmp_path / "tasks" / "films", seed=1, train=16)
