@@ -12,7 +12,7 @@ from ray_ensemble.report.load import RIVALS, RunData
 
 Measure = Literal["loss", "accuracy"]
 MEASURES: tuple[Measure, ...] = ("loss", "accuracy")
-MEANS = {"macro_f1": "macro-F1", "ece": "calibration error"}  # told as means over datasets alone, in percent
+MEANS = {"macro_f1": "macro-F1", "ece": "ECE, interval less its bias"}  # told as means over datasets alone, in percent
 
 FLOPS_PARTS = {
     "gradients": "gradients",
