@@ -118,10 +118,8 @@ class GradientsConfig(Section):
     boosters are cut alike. `gpus` is what each actor asks for: `auto` is one where the cluster has any now, which a cluster
     that grows from nothing has not. Actors that the cluster cannot place in `wait_minutes` end the run. `projection:
     kronecker` is cheaper for wide adapters and less exact (docs/gradients.md).
-
     `start: meta` first trains the adapter for `meta_steps` steps on all tasks together (GradEx's meta-initialisation); gradients
     are taken there, and every adapter of the run starts there.
-
     `targets` says what is differentiated for a training example of K labels: `pairwise` the K − 1 margins against each
     wrong label, `margin` the one margin against all of them, which costs one backward pass whatever K but, with more than two
     labels, loses which of the wrong labels is near.
@@ -201,10 +199,9 @@ Strategy = Literal["none", "zero2", "zero3", "fsdp2"]
 class TrainingConfig(Section):
     """How every adapter is trained: groups, baseline and validation runs alike.
 
-    `sampling: examples` draws every example of a group equally often; `tasks` draws every task equally often, and every example
-    of a task. `early_stop` looks at the search half of the group's validation examples and keeps the best adapter.
-
-    A step's batch is cut into micro-batches of at most `batch_tokens` padded tokens, which are halved when memory runs out;
+    `sampling: examples` draws every example of a group equally often; `tasks` draws every task equally often, and every
+    example of a task. `early_stop` looks at the search half of the group's validation examples and keeps the best adapter. A
+    step's batch is cut into micro-batches of at most `batch_tokens` padded tokens, which are halved when memory runs out;
     `auto` is 8192 on a GPU and 256 on a CPU, which larger ones hardly make faster. `activation_checkpointing` recomputes
     activations in the backward pass, which costs a forward pass and saves most of the memory that grows with the batch; the
     result is the same. `precision: auto` is bf16 autocast on a GPU that has it, fp32 elsewhere. `optimizer: paged_adamw` (GPU
@@ -213,13 +210,12 @@ class TrainingConfig(Section):
     A job is one Ray Train run of `cpus` and `gpus` (fractions allowed), and trains one adapter, or up to `pack` small ones on
     one copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job; nodes
     that are taken away count apart, by `max_preemptions`. A job that the cluster cannot place in `wait_minutes` fails.
-    `loggers` show the steps elsewhere than in `train.jsonl`.
-
-    A job has `workers` workers, each with its own `cpus` and `gpus`, that share the rows of every step; with a range {min, max}
-    the job with the most steps has `max` of them, and others have in proportion. With `strategy: none` each holds the whole base;
-    `zero3` (DeepSpeed) and `fsdp2` (torch) cut the base into a shard each, `zero2`
-    (DeepSpeed) the optimiser's state and gradients alone. `offload` moves what was cut to host memory: the optimiser's state
-    under `zero2`, the base's shards too under `zero3`, the base's shards under `fsdp2` (docs/training.md).
+    `loggers` show the steps elsewhere than in `train.jsonl`. A job has `workers` workers, each with its own `cpus` and
+    `gpus`, that share the rows of every step; with a range {min, max} the job with the most steps has `max` of them, and
+    others have in proportion. With `strategy: none` each holds the whole base; `zero3` (DeepSpeed) and `fsdp2` (torch) cut
+    the base into a shard each, `zero2` (DeepSpeed) the optimiser's state and gradients alone. `offload` moves what was cut to
+    host memory: the optimiser's state under `zero2`, the base's shards too under `zero3`, the base's shards under `fsdp2`
+    (docs/training.md).
     """
 
     epochs: Count = 2
@@ -319,9 +315,7 @@ class EnsembleConfig(Section):
     `weights: learned` fits them on validation examples, held back towards the dataset's own group; `own` is that group's adapter
     alone, `uniform` all adapters alike. `baselines` measures uniform weights on the test splits too, which takes every
     adapter's pass over them. `router` learns to tell the datasets by their bare text and measures the ensemble where an
-    input's dataset is not known.
-
-    `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the `--max-lora-rank` of a vLLM
+    input's dataset is not known. `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the `--max-lora-rank` of a vLLM
     server: what is above is cut by singular value decomposition. By default the rank is the sum of those of the adapters in use.
     """
 
