@@ -315,8 +315,9 @@ class EnsembleConfig(Section):
     `weights: learned` fits them on validation examples, held back towards the dataset's own group; `own` is that group's adapter
     alone, `uniform` all adapters alike. `baselines` measures uniform weights on the test splits too, which takes every
     adapter's pass over them. `router` learns to tell the datasets by their bare text and measures the ensemble where an
-    input's dataset is not known. `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the `--max-lora-rank` of a vLLM
-    server: what is above is cut by singular value decomposition. By default the rank is the sum of those of the adapters in use.
+    input's dataset is not known. `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the
+    `--max-lora-rank` of a vLLM server: what is above is cut by singular value decomposition. By default the rank is the sum
+    of those of the adapters in use.
     """
 
     weights: Literal["learned", "own", "uniform"] = "learned"
