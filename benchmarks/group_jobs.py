@@ -3,20 +3,22 @@
     python benchmarks/group_jobs.py --json group_jobs.json                 # SmolLM2-135M on the quickstart's tasks
     python benchmarks/group_jobs.py --model DIR --job job.yaml --steps 2   # anything else, for a quick look
 
-The job's tasks are dealt to `--groups` groups. In turns, every mode trains all groups for one step, and then for `--steps` steps
-from the same starting point, by `train_adapters` as a run does it:
+The job's tasks are dealt to `--groups` groups. In turns, every mode trains all groups for `--steps` steps from the same starting
+point, by `train_adapters` as a run does it:
 
 - one by one: `training.concurrency` 1, a job has the whole machine (or one GPU);
 - side by side: all jobs at once, each on an equal share of the machine's CPUs (or of one GPU);
 - packed: `training.pack` groups, one process and one copy of the base for all.
 
-Seconds of the short round are start-up: Ray Train's own processes, imports, loading. What the long round takes more is training.
-Rows a step are the same for every group in every mode.
+Training is the time in which steps are made, as the workers log it: of all jobs together one by one, of the longest job where
+all run at once. The rest of the whole is start-up: Ray Train's own processes, imports, loading. Where jobs start while others train, the
+training has that load in it. Rows a step are the same for every group in every mode.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -83,7 +85,7 @@ def settings(mode: str, groups: int, config: JobConfig) -> JobConfig:
 def seconds(
     mode: str, groups: Sequence[Sequence[EncodedTask]], steps: int, config: JobConfig, spec: ReplicaSpec
 ) -> dict[str, float]:
-    """Wall seconds of training all groups for so many steps, from an empty run folder; and the largest worker's memory."""
+    """Wall seconds of training all groups for so many steps, from an empty run folder, what steps took of them, and memory."""
     jobs = [
         AdapterJob(f"group-{g}", tuple(task.name for task in members), steps, g) for g, members in enumerate(groups)
     ]
@@ -93,7 +95,10 @@ def seconds(
         started = time.perf_counter()
         done = train_adapters(jobs, tasks, settings(mode, len(groups), config), Path(folder), asdict(spec), base)
         wall = time.perf_counter() - started
-    return {"seconds": wall, "peak_memory_bytes": float(max(each.peak_memory_bytes for each in done.values()))}
+        logs = [(each.folder / "train.jsonl").read_text().splitlines() for each in done.values()]
+    training = (sum if mode == "one by one" else max)(sum(json.loads(row)["seconds"] for row in log) for log in logs)
+    memory = max(each.peak_memory_bytes for each in done.values()) * (1 if mode != "side by side" else len(groups))
+    return {"whole": wall, "start_up": wall - training, "training": training, "memory_bytes": float(memory)}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -115,21 +120,13 @@ def main(argv: Sequence[str]) -> None:
         spec = ReplicaSpec(args.model, quantization, str(initial), 0)
         for r in range(args.rounds):
             for mode in args.only[r % len(args.only) :] + args.only[: r % len(args.only)]:
-                start_up = seconds(mode, groups, 1, config, spec)
-                whole = seconds(mode, groups, args.steps, config, spec)
-                memory = whole["peak_memory_bytes"] * (1 if mode != "side by side" else args.groups)
-                row = {
-                    "start_up": start_up["seconds"],
-                    "training": whole["seconds"] - start_up["seconds"],
-                    "whole": whole["seconds"],
-                    "memory_bytes": memory,
-                }
+                row = seconds(mode, groups, args.steps, config, spec)
                 taken[mode].append(row)
                 print(f"{mode}: {row['whole']:.1f} s, of these {row['start_up']:.1f} s start-up", flush=True)
     found = {mode: {key: spread([row[key] for row in rows]) for key in rows[0]} for mode, rows in taken.items() if rows}
     table = text_table(
         title=f"{args.groups} group jobs of {args.steps} steps, seconds",
-        caption="start-up: the same with one step; medians; memory of all processes that hold a base at once",
+        caption="training: what steps took; medians; memory of all processes that hold a base at once",
     )
     for name in ("", "whole", "start-up", "training", "memory, MiB"):
         table.add_column(name, justify="left" if not name else "right")
