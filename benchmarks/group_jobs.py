@@ -11,8 +11,8 @@ point, by `train_adapters` as a run does it:
 - packed: `training.pack` groups, one process and one copy of the base for all.
 
 Training is the time in which steps are made, as the workers log it: of all jobs together one by one, of the longest job where
-all run at once. The rest of the whole is start-up: Ray Train's own processes, imports, loading. Where jobs start while others train, the
-training has that load in it. Rows a step are the same for every group in every mode.
+all run at once. The rest of the whole is start-up: Ray Train's own processes, imports, loading. Where jobs start while others
+train, the training has that load in it. Rows a step are the same for every group in every mode.
 """
 
 from __future__ import annotations
