@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax
 
 from ray_ensemble.estimator.features import IntArray, TaskFeatures
 from ray_ensemble.estimator.fit import Fit
@@ -35,7 +34,7 @@ def estimate_task(beta: Vector, task: TaskFeatures, indices: IntArray) -> Estima
         raise ValueError(f"task '{task.name}': no validation examples to estimate on")
     scores = linear_scores(beta, task, indices)
     labels = task.validation_labels[indices]
-    losses = -log_softmax(scores, axis=1)[np.arange(labels.size), labels]
+    losses = np.logaddexp.reduce(scores, axis=1) - scores[np.arange(labels.size), labels]
     return Estimate(float(losses.mean()), float(np.mean(scores.argmax(axis=1) == labels)))
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from ray_ensemble.estimator.estimator import LOSS_TIE_BREAK, Estimator, Group, Metric
 from ray_ensemble.estimator.features import TaskFeatures, validation_halves
@@ -122,7 +121,7 @@ def predicted_values(task: TaskFeatures, betas: Matrix, metric: Metric) -> NDArr
     changes = task.validation_features[half] @ betas.T  # (v, K, m)
     scores = task.validation_scores[half][:, :, None] + changes
     labels = task.validation_labels[half]
-    held_out = -log_softmax(scores, axis=1)[np.arange(half.size), labels]  # (v, m)
+    held_out = np.logaddexp.reduce(scores, axis=1) - scores[np.arange(half.size), labels]  # (v, m)
     margins = task.train_margins[:, None] + task.train_features @ betas.T  # (M, m)
     training = softplus(np.logaddexp.reduceat(-margins, task.starts, axis=0))  # (N, m)
     count, extra = half.size, task.examples
