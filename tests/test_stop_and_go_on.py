@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,18 @@ class Driver:
     """A `ray-ensemble run`, or another verb, in a process of its own."""
 
     def __init__(
-        self, job: Path, output: Path, verb: str = "run", environment: Mapping[str, str] | None = None
+        self,
+        job: Path,
+        output: Path,
+        verb: str = "run",
+        changes: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.output = output
         self.log = (output.parent / "log.txt").open("a")
+        settings = [part for change in changes for part in ("--set", change)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_ensemble.cli", verb, str(job), "--output", str(output)],
+            [sys.executable, "-m", "ray_ensemble.cli", verb, str(job), "--output", str(output), *settings],
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -321,7 +321,8 @@ def _run_trials(
     concurrency: int | None,
 ) -> list[dict[str, Any]]:
     """Run or go on with the Tune experiment under `path`; returns Tune's table, a row per trial, sorted."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Beside this process: a node that may be taken away must not hold what all trials need.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Shared)
     shared = actor.remote([ray.put(inputs)], list(fits.known.values()))
     pulled = len(fits.known)

@@ -96,7 +96,8 @@ class Nodes:
         workers: at the start.
         environment: of the nodes, besides this process's.
         worker_environment: of the workers alone.
-        head_options: of the head's `ray start`, besides the usual ones.
+        autoscaled: let Ray's autoscaler add up to two workers of one CPU, which go when they have been idle for 6 s.
+        dashboard: whether the head has one.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Nodes:
         *,
         environment: Mapping[str, str] | None = None,
         worker_environment: Mapping[str, str] | None = None,
-        head_options: tuple[str, ...] = ("--num-cpus=0",),
+        autoscaled: bool = False,
         dashboard: bool = True,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))  # short: Ray's sockets lie below it
@@ -117,7 +118,11 @@ class Nodes:
             **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **(environment or {}),
         }  # fmt: skip
         self._worker_environment = {**self._environment, **(worker_environment or {})}
-        self._head_options = (*head_options, f"--include-dashboard={str(dashboard).lower()}")
+        self._head_options = ["--num-cpus=0", f"--include-dashboard={str(dashboard).lower()}"]
+        if autoscaled:
+            self._environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+            # What Ray's `AutoscalingCluster` would read from a file that its wheel lacks. Its nodes are processes of the head's.
+            self._head_options.append(f"--autoscaling-config={Path(__file__).with_name('autoscaler.json')}")
         self._wanted = workers
         self.workers: list[Node] = []
         self.head: Node | None = None
@@ -376,9 +381,10 @@ def _last_step(log: Path) -> int:
 
 
 @contextmanager
-def driver_on(nodes: Nodes, job: Path, folder: Path, verb: str = "run", **environment: str) -> Iterator[Driver]:
-    """A driver that joins the cluster; it is killed if the block ends before it does."""
-    driver = Driver(job, folder, verb, {**nodes.environment(), **environment})
+def driver_on(nodes: Nodes, job: Path, folder: Path, verb: str = "run", *changes: str) -> Iterator[Driver]:
+    """A driver that joins the cluster, with `changes` to the job; it is killed if the block ends before it does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    driver = Driver(job, folder, verb, changes, nodes.environment())
     try:
         yield driver
     finally:
