@@ -19,11 +19,12 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from test_stop_and_go_on import Driver, assert_same_end, children_of
 from tiny import write_job
 
@@ -157,12 +158,19 @@ class Nodes:
             self.add(wait=False)
         self.wait_for(1 + self._wanted)
 
-    def add(self, *options: str, wait: bool = True, environment: Mapping[str, str] | None = None) -> Node:
-        """One more worker."""
+    def add(
+        self,
+        *options: str,
+        wait: bool = True,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> Node:
+        """One more worker; `prefix` is what its command stands behind."""
         before = len(self.workers)
         node = self._start(
             ["--address", self.address, "--node-ip-address=127.0.0.1", "--num-cpus=1", *options],
             {**self._worker_environment, **(environment or {})},
+            prefix,
         )
         self.workers.append(node)
         if wait:
@@ -204,10 +212,10 @@ class Nodes:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    def _start(self, arguments: list[str], environment: Mapping[str, str]) -> Node:
+    def _start(self, arguments: list[str], environment: Mapping[str, str], prefix: Sequence[str] = ()) -> Node:
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="node-", suffix=".txt", delete=False) as log:
             process = subprocess.Popen(
-                [RAY, "start", *arguments, *_NODE_OPTIONS],
+                [*prefix, RAY, "start", *arguments, *_NODE_OPTIONS],
                 env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         return Node(process, Path(log.name))
@@ -217,6 +225,32 @@ def _told(node: Node) -> str:
     text = node.log.read_text()
     assert node.process.poll() is None, text
     return text
+
+
+@contextmanager
+def memory_group(limit: int) -> Iterator[list[str]]:
+    """A control group of `limit` bytes. Yields the words behind which a command runs in it and sees no other, as in a container.
+
+    What is in the group when the block ends is killed.
+    """
+    root = Path("/sys/fs/cgroup")
+    root, file = (root / "memory", "memory.limit_in_bytes") if (root / "memory").is_dir() else (root, "memory.max")
+    group = root / f"ray-ensemble-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / file).write_text(str(limit))
+    except OSError:
+        pytest.skip("only root may limit memory, and only where there are control groups")
+    script = 'echo $$ > "$0/cgroup.procs" && mount --bind "$0" "$1" && shift && exec "$@"'
+    try:
+        yield ["unshare", "--mount", "sh", "-c", script, str(group), str(root)]
+    finally:
+        while pids := (group / "cgroup.procs").read_text().split():
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.1)
+        group.rmdir()
 
 
 # The run ----------------------------------------------------------------------------------------------------------------
