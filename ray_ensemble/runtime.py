@@ -102,7 +102,7 @@ def _refuse_spot_node() -> None:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    labels = next((node["Labels"] for node in ray.nodes() if node["NodeID"] == here), {})
+    labels: dict[str, str] = next((node["Labels"] for node in ray.nodes() if node["NodeID"] == here), {})
     if labels.get(MARKET_TYPE) == "spot":
         raise InputError(
             f"this process is on a spot node ({MARKET_TYPE}=spot), and the whole run would go when it goes: start it on the "
