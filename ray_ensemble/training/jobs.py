@@ -323,6 +323,9 @@ def _reason(error: BaseException, demand: _Demand) -> str:
         return f"the disk of the run folder is full; free some space ({reason})"
     if is_memory_kill(error):
         return f"killed for its memory, also with smaller micro-batches; lower training.concurrency ({reason})"
+    if "Insufficient cluster resources" in text:  # what an autoscaler may start at most is less
+        most = next((line.strip() for line in lines if "maximum" in line), reason)
+        return f"the cluster can never give what is asked for: {shortfall(demand.bundles)} ({most})"
     if "WorkerGroupStartupTimeout" in text or type(error).__name__ == "WorkerGroupStartupTimeoutError":
         return f"no worker could start in training.wait_minutes: {shortfall(demand.bundles)} ({reason})"
     return reason

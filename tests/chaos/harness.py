@@ -282,7 +282,7 @@ def finished_trials(folder: Path) -> int:
 
 def copy_before(stage: str, reference: Reference, target: Path) -> Path:
     """The undisturbed run as it was before a stage began."""
-    shutil.copytree(reference.folder, target)
+    shutil.copytree(reference.folder, target, dirs_exist_ok=True)
     for later in STAGES[STAGES.index(stage) :]:
         (target / "manifests" / f"{later}.json").unlink(missing_ok=True)
         for name in WRITES[later]:
@@ -307,6 +307,10 @@ def assert_undisturbed(folder: Path, reference: Reference, through: str = "repor
     for log in folder.glob("trained/*/train.jsonl"):
         steps = [json.loads(line)["step"] for line in _lines(log)]
         assert steps == list(range(len(steps))), log
+    listed = [
+        json.loads((run / "manifests" / "gradients.json").read_text())["files"] for run in (folder, reference.folder)
+    ]
+    assert listed[0].keys() == listed[1].keys()
     assert not list(folder.glob("gradients/.parts"))
     assert not (folder / "lease.json").exists()
 

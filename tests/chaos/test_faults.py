@@ -97,9 +97,9 @@ def test_a_worker_that_ray_kills_for_its_memory_goes_on_with_smaller_micro_batch
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
-    folder = tmp_path / "disk"
+def small_output(tmp_path: Path) -> Iterator[Path]:
+    """A folder for a run on a file system of 8 MiB of its own."""
+    folder = tmp_path / "run"
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
@@ -111,19 +111,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("stage", ["gradients", "search", "ensemble"])
-def test_a_full_disk_is_told_and_the_same_command_goes_on_once_there_is_room(reference, small_disk, stage, tmp_path):
+def test_a_full_disk_is_told_and_the_same_command_goes_on_once_there_is_room(reference, small_output, stage):
     """Training on a full disk: tests/training/test_jobs.py."""
-    output = copy_before(stage, reference, small_disk / "run")
-    ballast = small_disk / "ballast"
+    copy_before(stage, reference, small_output)
+    ballast = small_output / "ballast"
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(b"x" * 2**24)
     os.truncate(ballast, ballast.stat().st_size - 2**14)  # room for the lease, and for not much else
     with Nodes() as nodes:
-        with driver_on(nodes, reference.job, output, stage) as driver:
+        with driver_on(nodes, reference.job, small_output, stage) as driver:
             assert driver.process.wait(240) == 1
-        log = (small_disk / "log.txt").read_text() if (small_disk / "log.txt").exists() else ""
+        log = small_output.with_name("log.txt").read_text()
+        assert "the disk is full" in log, log
         assert "Traceback" not in log
         ballast.unlink()
-        with driver_on(nodes, reference.job, output, stage) as driver:
+        with driver_on(nodes, reference.job, small_output, stage) as driver:
             driver.finish()
-    assert_undisturbed(output, reference, stage)
+    assert_undisturbed(small_output, reference, stage)
