@@ -24,7 +24,6 @@ import pandas
 import ray
 from numpy.typing import NDArray
 from ray import tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ray_ensemble.config import JobConfig, SearchConfig, TrainingConfig
@@ -321,9 +320,9 @@ def _run_trials(
     concurrency: int | None,
 ) -> list[dict[str, Any]]:
     """Run or go on with the Tune experiment under `path`; returns Tune's table, a row per trial, sorted."""
-    # Beside this process: a node that may be taken away must not hold what all trials need.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Shared)
+    # Beside this process: a node that may be taken away must not hold what all trials need. Ray takes a soft affinity for a hint.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    actor = ray.remote(num_cpus=0, label_selector=here)(_Shared)
     shared = actor.remote([ray.put(inputs)], list(fits.known.values()))
     pulled = len(fits.known)
     experiment = str(path.resolve() / "tune")
