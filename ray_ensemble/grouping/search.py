@@ -340,6 +340,8 @@ def _run_trials(
         with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
             results = _tuner(shared, cases, experiment, concurrency).fit()
         on_trial(len(cases))
+    except ray.exceptions.RayActorError as error:  # a trial's own death is Tune's business
+        raise RunError(f"the actor that the search's trials share died: {error}; the same command goes on") from error
     finally:
         del _OnTrial.listeners[experiment]
         ray.kill(shared)
