@@ -192,7 +192,7 @@ class Nodes:
 
     def wait_for(self, nodes: int) -> None:
         """Until so many are alive."""
-        wait_until(f"{nodes} nodes", lambda: self.alive() == nodes)
+        assert sum(bool(node["alive"]) for node in self.ask("nodes", nodes)) == nodes
 
     def alive(self) -> int:
         """How many nodes the head counts as alive."""
@@ -202,12 +202,12 @@ class Nodes:
         """Of a process that joins."""
         return {**self._environment, "RAY_ADDRESS": self.address}
 
-    def ask(self, what: str, seconds: float = 0.0) -> list[dict[str, object]]:
+    def ask(self, what: str, number: float = 0.0) -> list[dict[str, object]]:
         """What `asked.py` finds out of the cluster, in a process of its own, so that this one joins none."""
         script = Path(__file__).with_name("asked.py")
         done = subprocess.run(
-            [sys.executable, str(script), what, str(seconds)],
-            env=self.environment(), capture_output=True, text=True, timeout=seconds + 120, check=False,
+            [sys.executable, str(script), what, str(number)],
+            env=self.environment(), capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
