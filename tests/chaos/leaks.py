@@ -59,8 +59,8 @@ def main(job: Path, folder: Path, mode: str) -> None:
     variables = {key: value for key, value in os.environ.items() if key.startswith("RAY_TRAIN_")}
     ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": variables})
     stage, settings = ("search", []) if mode == "search" else ("train", list(ONE))
-    if mode == "backend":  # the nodes have a GPU in name only: NCCL cannot start
-        settings.append("training.gpus=1")
+    # The node has a GPU in name only: NCCL cannot start.
+    settings.append(f"training.gpus={int(mode == 'backend')}")
     killed = {
         "worker": ("RayTrainWorker", lambda: any(folder.glob("checkpoints/*/step-*"))),
         "controller": ("TrainController", lambda: any(folder.glob("checkpoints/*/step-*"))),
