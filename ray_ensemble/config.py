@@ -164,7 +164,7 @@ class SearchConfig(Section):
     `methods` give the trials' first partitions: `sdp` and `spectral` for each number of groups, `sdp-penalty` chooses it.
     `price` is what an adapter costs, in units of the objective: a partition into m groups has mean estimated loss + price · m.
     `rule: one_standard_error` takes the fewest groups whose objective is within one standard error of the best.
-    `regularization_scales` are multiples of the estimate's λ; with several, all trials are made at each of them.
+    `regularization_scales`: multiples of the estimate's λ; all trials are made at each. `wait_minutes` without a trial end it.
     """
 
     groups: list[Count] = [2, 3, 4, 5]
@@ -174,6 +174,7 @@ class SearchConfig(Section):
     price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     rule: Literal["best", "one_standard_error"] = "best"
     regularization_scales: list[Fraction] = [1.0]
+    wait_minutes: Fraction = 20.0
     seed: Seed = 0
 
     @field_validator("groups", "methods", "regularization_scales")

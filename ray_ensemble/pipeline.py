@@ -9,6 +9,7 @@ is not run again.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from ray_ensemble.config import JobConfig, load_config
-from ray_ensemble.errors import InputError, nearest
+from ray_ensemble.errors import InputError, RunError, nearest
 from ray_ensemble.files import read_json
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import prepare_environment
 from ray_ensemble.stages import Stages, encode_all
 from ray_ensemble.tasks import load_tasks
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,15 @@ class Job:
 
         quiet_libraries()
         folder = RunFolder(output, self.config, redo)
-        with folder.lease(), ExitStack() as stack:
-            Stages(folder, stack).through(stage)
+        try:
+            with folder.lease(), ExitStack() as stack:
+                Stages(folder, stack).through(stage)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise RunError(
+                f"--output {folder.path}: the disk is full ({error}); free some space: the same command then goes on from here"
+            ) from error
         return RunResult(folder.path)
 
     def validate(

@@ -107,7 +107,7 @@ def bundle_of(config: GradientsConfig, size: PoolSize) -> dict[str, float]:
 @dataclass
 class _Member(Generic[Unit]):
     actor: Any
-    node: str | None = None  # known once it is ready
+    nodes: tuple[str, ...] = ()  # that it and what it leads are on; known once it is ready
     held: int = 0  # units under way
 
 
@@ -141,7 +141,7 @@ class _Pool(Generic[Unit]):
             reference = self._next_event()
             if reference is None:
                 waited = time.monotonic() - quiet_since
-                if any(member.node for member in self._members):
+                if any(member.nodes for member in self._members):
                     continue
                 if waited > self._kind.wait_s:
                     raise RunError(
@@ -167,7 +167,7 @@ class _Pool(Generic[Unit]):
         while len(self._members) < wanted:
             member: _Member[Unit] = _Member(self._kind.start())
             self._members.append(member)
-            self._running[member.actor.__ray_call__.remote(_node)] = (member, _READY, None)
+            self._running[member.actor.__ray_call__.remote(_nodes)] = (member, _READY, None)
 
     def _next_event(self) -> Any | None:
         import ray
@@ -189,7 +189,7 @@ class _Pool(Generic[Unit]):
             self._bury(member, name, unit, error)
             return
         if unit is None:
-            member.node = str(result)
+            member.nodes = tuple(result)
         else:
             member.held -= 1
             self._lost = 0
@@ -220,7 +220,7 @@ class _Pool(Generic[Unit]):
             raise RunError(f"an actor could not start: {reason}") from error
         self._release(member)
         # A node that went away takes its actors along: that is the cluster's doing, not the unit's.
-        preempted = bool(getattr(error, "preempted", False)) or (member.node is not None and not _alive(member.node))
+        preempted = bool(getattr(error, "preempted", False)) or not _alive(member.nodes)
         if unit is not None:
             self._waiting.appendleft((name, unit))
             self._deaths[name] += not preempted
@@ -271,13 +271,16 @@ def map_units(
         pool.close()
 
 
-def _node(_: Any) -> str:
+def _nodes(actor: Any) -> list[str]:
+    """The nodes of an actor and of those that it leads, if it does; run in the actor."""
     import ray
 
-    return str(ray.get_runtime_context().get_node_id())
+    led = actor.nodes() if hasattr(actor, "nodes") else []
+    return [str(ray.get_runtime_context().get_node_id()), *led]
 
 
-def _alive(node: str) -> bool:
+def _alive(nodes: Sequence[str]) -> bool:
     import ray
 
-    return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
+    living = {found["NodeID"] for found in ray.nodes() if found["Alive"]}
+    return living.issuperset(nodes)

@@ -44,6 +44,7 @@ _FREE = (
     "gradients.replicas",
     "gradients.gpus",
     "gradients.wait_minutes",
+    "search.wait_minutes",
     "training.concurrency",
     "training.cpus",
     "training.gpus",

@@ -62,6 +62,12 @@ class ShardHolder:
         self._weights = int(sum(p.nbytes for p in self.model.parameters()))
         self._pad_id = spec.pad_id
 
+    def node(self) -> str:
+        """The node that this shard is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
     def facts(self) -> dict[str, int]:
         """Bytes of the weights that this shard holds, and the most bytes that its process has held."""
         return {"weights": self._weights, "peak_memory": peak_memory_bytes()}
@@ -119,6 +125,11 @@ class Pipeline:
         # Batches in the pipeline, of all units together: enough to keep every shard busy, and a bound on its memory.
         self._room = threading.Semaphore(2 * config.shards)
         ray.get([shard.facts.remote() for shard in self.shards])  # until all are loaded
+
+    def nodes(self) -> list[str]:
+        """The node of each shard."""
+        found: list[str] = self.get([shard.node.remote() for shard in self.shards])
+        return found
 
     def facts(self) -> list[dict[str, int]]:
         """Weights and peak memory of each shard, in bytes."""

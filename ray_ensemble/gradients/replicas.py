@@ -5,13 +5,14 @@ Finished units are files; a rerun, after whatever was killed, computes only thos
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ray_ensemble.config import GradientsConfig
-from ray_ensemble.files import read_json, write_json
+from ray_ensemble.files import read_json, remove_leftovers, write_json
 from ray_ensemble.gradients.store import damage, split_folder
 from ray_ensemble.gradients.units import (
     SPLITS,
@@ -150,10 +151,8 @@ def collect_gradients(
             **provenance,
         },
     )
-    for left in parts.glob("*.npz"):
-        left.unlink()
-    if parts.is_dir():
-        parts.rmdir()
+    shutil.rmtree(parts, ignore_errors=True)
+    remove_leftovers(folder)
     return summary
 
 

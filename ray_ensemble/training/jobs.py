@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +16,14 @@ from ray_ensemble.config import JobConfig, TrainingConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, sha256_json, write_json
 from ray_ensemble.progress import Bar, console
-from ray_ensemble.runtime import cluster_cpus, cluster_gpus, may_grow, shortfall, watches_preemption
+from ray_ensemble.runtime import (
+    cluster_cpus,
+    cluster_gpus,
+    may_grow,
+    release_orphaned_groups,
+    shortfall,
+    watches_preemption,
+)
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
@@ -23,6 +31,7 @@ from ray_ensemble.training.packing import packs
 from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
+_ORPHAN_S = 5.0  # for Ray to notice that a failed job's controller is gone
 FAILURES = "failures.json"
 
 
@@ -141,7 +150,16 @@ def _run_all(
         finally:
             stop.set()
             watcher.join()
+    if failures:
+        _await_orphans()
     return failures
+
+
+def _await_orphans() -> None:
+    """Give back what the controllers of failed jobs left held. Ray knows of their end a little later than we do."""
+    deadline = time.monotonic() + _ORPHAN_S
+    while not release_orphaned_groups() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _named(jobs: dict[str, AdapterJob]) -> Pack:
@@ -212,7 +230,7 @@ def _run_one(
                 controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_memory_watch(pack.folder(folder))],
+            callbacks=[_memory_watch(pack.folder(folder)), _group_release()],
         ),
     )
     trainer.fit()
@@ -228,6 +246,22 @@ def _memory_watch(checkpoints: Path) -> Any:
                 note_out_of_memory(checkpoints)
 
     return MemoryWatch()
+
+
+def _group_release() -> Any:
+    """A callback of Ray Train's controller that removes the placement group of an attempt that could not be set up.
+
+    Ray Train forgets it, and the next attempt would wait for the resources that it holds.
+    """
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class GroupRelease(WorkerGroupCallback):  # type: ignore[misc]
+        def before_worker_group_start(self, worker_group_context: Any) -> None:
+            import ray
+
+            release_orphaned_groups(ray.get_runtime_context().get_actor_id())
+
+    return GroupRelease()
 
 
 def is_memory_kill(error: BaseException) -> bool:
@@ -251,6 +285,7 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
     seen = 0
     while True:
         ended = stop.wait(1.0)
+        release_orphaned_groups()  # or the jobs beside a failed one would wait for what it held
         notes = []
         for pack in running:
             for key, job in pack.jobs.items():
@@ -288,6 +323,9 @@ def _reason(error: BaseException, demand: _Demand) -> str:
         return f"the disk of the run folder is full; free some space ({reason})"
     if is_memory_kill(error):
         return f"killed for its memory, also with smaller micro-batches; lower training.concurrency ({reason})"
+    if "Insufficient cluster resources" in text:  # what an autoscaler may start at most is less
+        most = next((line.strip() for line in lines if "maximum" in line), reason)
+        return f"the cluster can never give what is asked for: {shortfall(demand.bundles)} ({most})"
     if "WorkerGroupStartupTimeout" in text or type(error).__name__ == "WorkerGroupStartupTimeoutError":
         return f"no worker could start in training.wait_minutes: {shortfall(demand.bundles)} ({reason})"
     return reason
