@@ -14,13 +14,14 @@ from typing import Any
 from ray_ensemble.config import JobConfig, TrainingConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, sha256_json, write_json
+from ray_ensemble.metrics import Figures, current_figures
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.runtime import cluster_cpus, cluster_gpus, may_grow, shortfall, watches_preemption
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
 from ray_ensemble.training.packing import packs
-from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
+from ray_ensemble.training.worker import Interruption, Pack, interruptions, note_interruption, read_row, train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
 FAILURES = "failures.json"
@@ -126,7 +127,8 @@ def _run_all(
             for pack in ordered
         }
         stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, stop), daemon=True)
+        figures = current_figures()
+        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, figures, stop), daemon=True)
         watcher.start()
         try:
             for future, pack in futures.items():
@@ -141,6 +143,7 @@ def _run_all(
         finally:
             stop.set()
             watcher.join()
+    figures.count("ensemble_adapters_failed", len(failures))
     return failures
 
 
@@ -212,22 +215,29 @@ def _run_one(
                 controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_memory_watch(pack.folder(folder))],
+            callbacks=[_interruption_watch(pack.folder(folder))],
         ),
     )
     trainer.fit()
 
 
-def _memory_watch(checkpoints: Path) -> Any:
-    """A callback of Ray Train's controller that notes which workers were killed for their memory."""
+def _interruption_watch(checkpoints: Path) -> Any:
+    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory."""
     from ray.train import UserCallback
 
-    class MemoryWatch(UserCallback):  # type: ignore[misc]
+    class InterruptionWatch(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if any(is_memory_kill(error) for error in worker_exceptions.values()):
-                note_out_of_memory(checkpoints)
+            note_interruption(checkpoints, interruption(list(worker_exceptions.values())))
 
-    return MemoryWatch()
+    return InterruptionWatch()
+
+
+def interruption(errors: Sequence[BaseException]) -> Interruption:
+    """What ended workers, by their errors: memory before a pre-empted node, and that before any other failure."""
+    if any(is_memory_kill(error) for error in errors):
+        return "memory"
+    causes = [*errors, *(cause for error in errors if (cause := error.__cause__) is not None)]
+    return "preemption" if any(getattr(cause, "preempted", False) for cause in causes) else "failure"
 
 
 def is_memory_kill(error: BaseException) -> bool:
@@ -243,19 +253,26 @@ class _Told:
 
     step: int = 0
     batch_tokens: int | None = None
+    trained: bool = False
 
 
-def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Event) -> None:
+def _watch(running: Sequence[Pack], folder: Path, bar: Bar, figures: Figures, stop: threading.Event) -> None:
     """Turn the workers' logs into progress, and tell where memory made micro-batches smaller."""
     told = {key: _Told() for pack in running for key in pack.jobs}
     seen = 0
+    interrupted = {pack.name: len(interruptions(pack.folder(folder))) for pack in running}  # those of earlier runs too
     while True:
         ended = stop.wait(1.0)
         notes = []
         for pack in running:
+            for reason in interruptions(pack.folder(folder))[interrupted[pack.name] :]:
+                interrupted[pack.name] += 1
+                figures.count("ensemble_training_interruptions", reason=reason)
+                console.print(f"{_titles(pack)}: interrupted ({reason})", markup=False)
             for key, job in pack.jobs.items():
                 if (folder / "trained" / key / "result.json").exists():
-                    told[key] = replace(told[key], step=job.steps)
+                    figures.count("ensemble_adapters_trained", int(not told[key].trained))
+                    told[key] = replace(told[key], step=job.steps, trained=True)
                     continue
                 log = pack.log(folder, key)
                 last = read_row((log.read_text().splitlines() or [""])[-1]) if log.exists() else None
@@ -263,6 +280,7 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
                     continue
                 tokens = last.get("batch_tokens")
                 if tokens != told[key].batch_tokens:
+                    figures.count("ensemble_memory_halvings")
                     console.print(
                         f"{job.name}: memory ran out; micro-batches of {tokens} tokens from here", markup=False
                     )
@@ -274,6 +292,10 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
             seen = steps
         if ended:
             return
+
+
+def _titles(pack: Pack) -> str:
+    return ", ".join(job.name for job in pack.jobs.values())
 
 
 def _reason(error: BaseException, demand: _Demand) -> str:
