@@ -15,6 +15,7 @@ from ray_ensemble.adapter_stages import ensemble, evaluate, train
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, sha256_file, write_json
+from ray_ensemble.job_metadata import metadata
 from ray_ensemble.metrics import FAILED, RUNNING, WAITING, WHOLE, run_figures
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
@@ -225,7 +226,8 @@ class Stages:
     def need_ray(self) -> None:
         """Start Ray unless this pass has."""
         if not self._ray:
-            self._stack.enter_context(ray_session())
+            about = metadata(str(self.folder.path), self.config.model.source, str(len(self.encoded)))
+            self._stack.enter_context(ray_session(about))
             self._ray = True
 
     @cached_property
