@@ -106,7 +106,7 @@ def score_all(
         folder: the run folder; scores are kept in its `scores/`.
         title: of the progress bar.
     """
-    paths = [folder / "scores" / f"{request.task.name}-{_key(request, config, base)}.npy" for request in requests]
+    paths = score_paths(requests, config, base, folder)
     units = {path.stem: request for path, request in zip(paths, requests, strict=True) if not _is_scores(path, request)}
     tokens = sum(token_count(request) for request in requests)
     peak = 0
@@ -132,6 +132,13 @@ def score_all(
 
                 map_pipelines(ShardedScoring, "score", ordered, spec=spec, config=config, size=size, on_result=keep)
     return Scored(tuple(np.load(path, allow_pickle=False) for path in paths), tokens, peak)
+
+
+def score_paths(
+    requests: Sequence[ScoreRequest], config: GradientsConfig, base: dict[str, str], folder: Path
+) -> list[Path]:
+    """Where the scores of each request are kept: below `scores/`, by what they depend on."""
+    return [folder / "scores" / f"{request.task.name}-{_key(request, config, base)}.npy" for request in requests]
 
 
 def batches_of(request: ScoreRequest, budget: int) -> list[list[int]]:

@@ -223,7 +223,7 @@ def exported() -> dict[str, list[tuple[dict[str, str], float]]]:
     import ray
 
     node = next(found for found in ray.nodes() if found["NodeID"] == ray.get_runtime_context().get_node_id())
-    text = requests.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).text
+    text = requests.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=60).text
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M):
         found.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
@@ -249,7 +249,7 @@ def test_a_run_is_seen_at_the_exporter_and_so_is_all_that_the_dashboard_asks_for
         for name in ("ensemble_adapters_failed", "ensemble_memory_halvings", "ensemble_preemptions"):
             figures.count(name)
         figures.count("ensemble_training_interruptions", reason="memory")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while of_run(found := exported(), "ray_ensemble_training_interruptions_total", "frail") is None:
         assert time.monotonic() < deadline, "the exporter does not have it"
         time.sleep(1)

@@ -1,0 +1,342 @@
+"""What the stages of a run cost beside the model's own arithmetic, measured with the package's own code on this machine.
+
+Each part is a function without arguments that returns plain figures; `scaling.py` runs those that its file does not have yet.
+Seconds of this process are CPU seconds of its main thread where it only works (another process on the machine does not count),
+and wall seconds where it waits for a disk or for Ray. Per-unit and per-MB figures are least squares over several sizes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_ensemble.config import AdapterConfig, GradientsConfig, JobConfig, TrainingConfig
+from ray_ensemble.ensemble import ScoreRequest, learn_weights, merge_adapters, score_all
+from ray_ensemble.estimator import Estimator, choose_regularization
+from ray_ensemble.estimator.affinity import affinity, gradient_similarity, job_subsets
+from ray_ensemble.estimator.planted import planted_tasks
+from ray_ensemble.evaluation import summarise
+from ray_ensemble.files import sha256_file
+from ray_ensemble.gradients import ReplicaSpec
+from ray_ensemble.gradients.replicas import GradientReplica
+from ray_ensemble.gradients.units import COUNTS, SplitPlan, UnitResult, part_is_whole
+from ray_ensemble.grouping.cases import run_case
+from ray_ensemble.pool import PlainActors, PoolSize, map_units
+from ray_ensemble.tasks import EncodedExample, EncodedTask
+
+MB = 2**20
+DIM, WIDTH = 400, 100  # d, and tokens of a prompt
+PROVENANCE = {"model": "none", "quantization": "none", "adapter": "none"}
+
+
+def encoded(name: str, train: int = 64, validation: int = 64, width: int = WIDTH, vocabulary: int = 500) -> EncodedTask:
+    """A task of random tokens with two label words."""
+    draw = np.random.default_rng(abs(hash(name)) % 2**32)
+
+    def split(count: int) -> tuple[EncodedExample, ...]:
+        rows = draw.integers(3, vocabulary, size=(count, width)).tolist()
+        return tuple(EncodedExample(tuple(row), place % 2, False) for place, row in enumerate(rows))
+
+    splits = {"train": split(train), "validation": split(validation), "test": split(validation)}
+    return EncodedTask(name, ("no", "yes"), ((1,), (2,)), splits, "none")
+
+
+@contextmanager
+def small_base(hidden: int = 64, layers: int = 2) -> Iterator[ReplicaSpec]:
+    """A random Llama on disk with a drawn adapter: what a worker loads, with next to no weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ray_ensemble.models import default_device, draw_initial_adapter, load_base
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(Path(folder, "base"))
+        base = load_base(Path(folder, "base"), "none", default_device())
+        draw_initial_adapter(base, AdapterConfig(), Path(folder, "init"))
+        yield ReplicaSpec(str(Path(folder, "base")), "none", str(Path(folder, "init")), 0)
+
+
+def line(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """Least squares of seconds = fixed + slope · size, neither below zero."""
+    from scipy.optimize import nnls
+
+    found, _ = nnls(np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1), np.asarray(seconds, float))
+    return {"fixed": float(found[0]), "slope": float(found[1])}
+
+
+def least(times: int, call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The shortest of several calls, in seconds of a clock."""
+    taken = []
+    for _ in range(times):
+        started = clock()
+        call()
+        taken.append(clock() - started)
+    return min(taken)
+
+
+class Echo:
+    """An actor whose units take no time: it hands back features of so many rows, which it holds."""
+
+    def work(self, rows: int) -> UnitResult:
+        """A unit's result."""
+        arrays = {"features": np.ones((rows, DIM), np.float32), "margins": np.ones(rows, np.float32)}
+        return UnitResult(arrays, dict.fromkeys(COUNTS, 1), 0)
+
+
+def pool() -> dict[str, Any]:
+    """Seconds of this process that a unit of the pool takes, without and with its result kept as a file."""
+    import ray
+
+    rows, count = (32, 320, 1280), 80
+    handed, kept, sizes = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in rows:
+            units = {f"unit-{size}-{i}": size for i in range(count)}
+            results: list[UnitResult] = []
+
+            def keep(_: str, result: UnitResult, results: list[UnitResult] = results) -> None:
+                if not results:
+                    results.append(result)
+
+            actors = PlainActors(Echo, (), GradientsConfig(), PoolSize(1, 1))
+            started = time.thread_time()
+            map_units(actors, "work", units, size=PoolSize(1, 1), on_result=keep)
+            handed.append((time.thread_time() - started) / count)
+            path = Path(folder, "part.npz")
+            kept.append(least(30, lambda result=results[0], path=path: result.save(path)))  # type: ignore[misc]
+            sizes.append(size * DIM * 4 / MB)
+    idle = ray.remote(num_cpus=0, max_concurrency=300)(_Idle).remote()
+    waits = {}
+    for actors_held in (1, 16, 64, 256):
+        references = [idle.wait.remote(30.0) for _ in range(actors_held)]
+        ray.wait(references, timeout=0.2)
+        waits[str(actors_held)] = least(20, lambda held=references: ray.wait(held, timeout=0))  # type: ignore[misc]
+    ray.kill(idle)
+    return {
+        "handed_out_and_taken": line(sizes, handed),
+        "saved": line(sizes, kept),
+        "one_wait_among": waits,
+        "seen": {"MB": sizes, "handed_out_and_taken": handed, "saved": kept},
+    }
+
+
+class _Idle:
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def actor_start() -> dict[str, Any]:
+    """Seconds from asking for a replica of a base without weights until it is ready."""
+    import ray
+
+    with small_base() as spec:
+        taken = []
+        for _ in range(2):
+            actors = PlainActors(GradientReplica, (spec, GradientsConfig(dim=8)), GradientsConfig(), PoolSize(1, 1))
+            started = time.perf_counter()
+            actor = actors.start()
+            ray.get(actor.__ray_call__.remote(lambda _: None))
+            taken.append(time.perf_counter() - started)
+            actors.stop(actor)
+    return {"seconds": min(taken), "seen": taken}
+
+
+def train_job() -> dict[str, Any]:
+    """Seconds of a Ray Train job of one step on a base without weights; the second one finds Ray's workers warm."""
+    from ray_ensemble.training import AdapterJob, train_adapters
+
+    config = JobConfig.model_validate({"model": {"source": "none"}, "tasks": ["none"]})
+    config = config.model_copy(update={"training": TrainingConfig(concurrency=1, checkpoint_every=10**6)})
+    tasks, taken = [encoded("a"), encoded("b")], []
+    with small_base() as spec, tempfile.TemporaryDirectory() as folder:
+        for seed in range(2):
+            job = AdapterJob(f"job-{seed}", ("a", "b"), 1, seed)
+            started = time.perf_counter()
+            train_adapters([job], tasks, config, Path(folder), asdict(spec), PROVENANCE)
+            taken.append(time.perf_counter() - started)
+    return {"seconds": min(taken), "seen": taken}
+
+
+def tune_trial() -> dict[str, Any]:
+    """Seconds that Ray Tune adds to a trial, and to the search as a whole."""
+    import pandas
+
+    from ray_ensemble.grouping import run_search
+
+    features, _ = planted_tasks(6, 2, train=24, validation=24, dim=16)
+    walls, counts = [], (4, 24)
+    for trials in counts:
+        search = {"groups": [2, 3], "trials": trials}
+        job = JobConfig.model_validate({"model": {"source": "none"}, "tasks": ["none"], "search": search})
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            run_search(features, job, Path(folder), concurrency=1)
+            wall = time.perf_counter() - started
+            walls.append(wall - float(pandas.read_csv(Path(folder, "search", "trials.csv"))["seconds"].sum()))
+    return {**line(counts, walls), "seen": dict(zip(map(str, counts), walls, strict=True))}
+
+
+def fits() -> dict[str, Any]:
+    """CPU seconds of the search's parts with the number of tasks n: λ, affinity, and one trial."""
+    found: dict[str, Any] = {"n": [], "regularization": [], "affinity": [], "trial": []}
+    for n in (12, 25, 50, 100):
+        job = JobConfig.model_validate({"model": {"source": "none"}, "tasks": ["none"]})
+        features, _ = planted_tasks(n, 5, train=160, validation=80, dim=DIM)
+        subsets = job_subsets(features, job.estimator)
+        started = time.thread_time()
+        value = choose_regularization(features, job.training, subsets, 0).value
+        chosen = time.thread_time()
+        estimator = Estimator(features, job.training, value)
+        nearness = gradient_similarity(features) if n > 50 else None
+        similarity = affinity(estimator, subsets, "loss", 0, nearness).symmetric()
+        sampled = time.thread_time()
+        run_case({"m": 5, "method": "spectral", "seed": 0, "repeat": 0}, estimator, similarity, job.search)
+        ended = time.thread_time()
+        for key, seconds in zip(
+            ("n", "regularization", "affinity", "trial"),
+            (n, chosen - started, sampled - chosen, ended - sampled),
+            strict=True,
+        ):
+            found[key].append(seconds)
+        print(
+            f"  n = {n}: λ {chosen - started:.1f} s, affinity {sampled - chosen:.1f} s, a trial {ended - sampled:.1f} s",
+            flush=True,
+        )
+    return found
+
+
+def adapter_file(folder: Path, megabytes: float, rank: int = 4) -> Path:
+    """A PEFT adapter of one module and about this size."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    width = max(1, int(megabytes * MB / 4 / (2 * rank)))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.lora_A.weight": torch.ones(rank, width), f"{name}.lora_B.weight": torch.ones(width, rank)}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def requests() -> dict[str, Any]:
+    """CPU seconds that a label-score request takes of this process when all scores are there: keys, checks, reading."""
+    tasks, adapters = 6, 5
+    config, spec = GradientsConfig(), ReplicaSpec("none", "none", "none", 0)
+    encoded_tasks = [encoded(f"task-{i}", 2, 40) for i in range(tasks)]
+    sizes, seconds = (0.25, 1.0, 4.0), []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            held = [adapter_file(Path(folder, f"group-{g}"), size) for g in range(adapters)]
+            wanted = [ScoreRequest(a, task, task["validation"]) for task in encoded_tasks for a in held]
+            keep_scores(wanted, config, Path(folder))
+            call = lambda wanted=wanted, folder=folder: score_all(wanted, spec, config, PROVENANCE, Path(folder), "")  # noqa: E731
+            seconds.append(least(3, call, time.thread_time) / len(wanted))
+    return {**line(sizes, seconds), "seen": dict(zip(map(str, sizes), seconds, strict=True))}
+
+
+def keep_scores(wanted: Sequence[ScoreRequest], config: GradientsConfig, folder: Path) -> None:
+    """Put scores where `score_all` looks for them."""
+    from ray_ensemble.ensemble import scoring
+    from ray_ensemble.files import write_array
+
+    for path, request in zip(scoring.score_paths(wanted, config, PROVENANCE, folder), wanted, strict=True):
+        write_array(path, np.zeros((len(request.examples), len(request.task.labels)), np.float32))
+
+
+def store() -> dict[str, Any]:
+    """Seconds around the units of the gradient pass: planning an example, checking and putting together a unit, hashing a MB."""
+    task = encoded("films", 640, 2)
+    config = GradientsConfig(dim=DIM)
+    plan = SplitPlan(task, "train", config, PROVENANCE)
+    planning = least(3, lambda: SplitPlan(task, "train", config, PROVENANCE), time.thread_time) / plan.examples
+    with tempfile.TemporaryDirectory() as folder:
+        parts = Path(folder, "parts")
+        for name, unit in plan.units.items():
+            rows = len(unit.indices)
+            arrays = {"margins": np.ones(rows, np.float32), "features": np.ones((rows, DIM), np.float32)}
+            UnitResult(arrays, dict.fromkeys(COUNTS, 1), 0).save(parts / f"{name}.npz")
+        checking = least(3, lambda: [part_is_whole(parts / f"{name}.npz") for name in plan.units]) / len(plan.units)
+        together = least(3, lambda: plan.assemble(parts, Path(folder, "store"))) / len(plan.units)
+        large = Path(folder, "large")
+        large.write_bytes(bytes(64 * MB))
+        hashing = least(3, lambda: sha256_file(large)) / 64
+    return {
+        "planned_example": planning, "unit_examples": plan.examples / len(plan.units),
+        "checked_unit": checking, "assembled_unit": together, "hashed_MB": hashing,
+    }  # fmt: skip
+
+
+def weights() -> dict[str, Any]:
+    """CPU seconds that the weights of a dataset take with the number of adapters m; 40 validation examples, two labels."""
+    draw, counts, seconds = np.random.default_rng(0), (2, 5, 10, 20), []
+    for m in counts:
+        scores = [draw.normal(size=(m, 40, 2)).astype(np.float32) for _ in range(4)]
+        labels = [draw.integers(0, 2, 40) for _ in scores]
+        priors = [np.eye(m)[0] for _ in scores]
+        seconds.append(least(1, lambda s=scores, y=labels, p=priors: learn_weights(s, y, p), time.thread_time) / 4)  # type: ignore[misc]
+    return {"m": list(counts), "seconds": seconds}
+
+
+def merging() -> dict[str, Any]:
+    """Seconds that merging takes for each MB of the adapters that go in."""
+    sizes, seconds = [], []
+    for parts, size in ((2, 0.5), (5, 1.0), (10, 2.0)):
+        with tempfile.TemporaryDirectory() as folder:
+            held = [adapter_file(Path(folder, f"group-{g}"), size) for g in range(parts)]
+            shares, target = [1.0 / parts] * parts, Path(folder, "merged")
+            call = lambda held=held, shares=shares, target=target: merge_adapters(held, shares, target)  # noqa: E731
+            seconds.append(least(3, call))
+            sizes.append(parts * size)
+    return {**line(sizes, seconds), "seen": {"MB": sizes, "seconds": seconds}}
+
+
+def evaluation() -> dict[str, Any]:
+    """CPU seconds that the figures of a dataset take: five arms, 120 test examples, bootstraps."""
+    draw, counts, seconds = np.random.default_rng(0), (5, 20), []
+    arms = ("base", "qlora_all", "group", "ensemble", "merged")
+    for count in counts:
+        names = [f"task-{i}" for i in range(count)]
+        outputs = {name: {arm: draw.normal(size=(120, 2)) for arm in arms} for name in names}
+        labels = {name: draw.integers(0, 2, 120) for name in names}
+        seconds.append(least(1, lambda o=outputs, y=labels: summarise(o, y), time.thread_time))  # type: ignore[misc]
+    return {**line(counts, seconds), "seen": dict(zip(map(str, counts), seconds, strict=True))}
+
+
+def speed() -> dict[str, Any]:
+    """How many times the forward pass the gradient pass is, on a random base of 12 M parameters, by seconds a token."""
+    from ray_ensemble.ensemble.scoring import ScoringReplica
+
+    task = encoded("films", 64, 64)
+    with small_base(hidden=384, layers=6) as spec:
+        config = GradientsConfig(dim=DIM)
+        scoring, replica = ScoringReplica(spec, 1, config.batch_tokens), GradientReplica(spec, config)
+        units = list(SplitPlan(task, "train", config, PROVENANCE).units.values())
+        request = ScoreRequest(None, task, task["train"])
+        turns = [
+            (least(1, lambda: scoring.score(request)), least(1, lambda: [replica.collect(unit) for unit in units]))
+            for _ in range(4)
+        ]
+    forward, gradient = (statistics.median(each) for each in zip(*turns[1:], strict=True))
+    return {"gradient_over_forward": gradient / forward, "forward_tokens_per_second": 64 * (WIDTH + 2) / forward}
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "store": store, "requests": requests, "merging": merging, "weights": weights, "evaluation": evaluation, "speed": speed,
+    "fits": fits, "pool": pool, "actor_start": actor_start, "train_job": train_job, "tune_trial": tune_trial,
+}  # fmt: skip
+NEED_RAY = ("pool", "actor_start", "train_job", "tune_trial")
