@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     """Measure, simulate, print, write."""
     args = arguments(argv)
     found = measured(args)
-    if "model" in args.only and set(measure.PARTS) <= found["measured"].keys():
+    if "model" in args.only and set(measure.PARTS) - measure.NOT_IN_THE_MODEL <= found["measured"].keys():
         found["model"] = tables(found, args)
         write_json(args.json, found)
 

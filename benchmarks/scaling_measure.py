@@ -7,30 +7,35 @@ and wall seconds where it waits for a disk or for Ray. Per-unit and per-MB figur
 
 from __future__ import annotations
 
+import gc
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ray_ensemble.config import AdapterConfig, GradientsConfig, JobConfig, TrainingConfig
 from ray_ensemble.ensemble import ScoreRequest, learn_weights, merge_adapters, score_all
+from ray_ensemble.ensemble.scoring import score_paths
 from ray_ensemble.estimator import Estimator, choose_regularization
 from ray_ensemble.estimator.affinity import affinity, gradient_similarity, job_subsets
 from ray_ensemble.estimator.planted import planted_tasks
 from ray_ensemble.evaluation import summarise
-from ray_ensemble.files import sha256_file
+from ray_ensemble.files import sha256_file, sha256_json, write_array
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.gradients.replicas import GradientReplica
 from ray_ensemble.gradients.units import COUNTS, SplitPlan, UnitResult, part_is_whole
 from ray_ensemble.grouping.cases import run_case
 from ray_ensemble.pool import PlainActors, PoolSize, map_units
-from ray_ensemble.tasks import EncodedExample, EncodedTask
+from ray_ensemble.runtime import cluster_cpus
+from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
 
 MB = 2**20
 DIM, WIDTH = 400, 100  # d, and tokens of a prompt
@@ -69,10 +74,17 @@ def small_base(hidden: int = 64, layers: int = 2) -> Iterator[ReplicaSpec]:
 
 def line(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
     """Least squares of seconds = fixed + slope · size, neither below zero."""
+    fixed, slope = slopes([[1.0, size] for size in sizes], seconds)
+    return {"fixed": fixed, "slope": slope}
+
+
+def slopes(counts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Least squares of seconds = Σ slope · count, no slope below zero; relative errors count."""
     from scipy.optimize import nnls
 
-    found, _ = nnls(np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1), np.asarray(seconds, float))
-    return {"fixed": float(found[0]), "slope": float(found[1])}
+    weights = 1.0 / np.asarray(seconds, float)
+    found, _ = nnls(np.asarray(counts, float) * weights[:, None], np.ones(len(weights)))
+    return [float(slope) for slope in found]
 
 
 def least(times: int, call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -168,6 +180,27 @@ def train_job() -> dict[str, Any]:
     return {"seconds": min(taken), "seen": taken}
 
 
+def baseline() -> dict[str, Any]:
+    """Seconds of a step of the one job that is left when all groups are trained, in turns: one worker, and `workers: auto`."""
+    from ray_ensemble.training import AdapterJob, train_adapters
+
+    tasks, steps = [encoded("a"), encoded("b")], 8
+    ways: dict[str, Literal["auto"] | int] = {"one worker": 1, "auto": "auto"}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    with small_base(hidden=384, layers=6) as spec, tempfile.TemporaryDirectory() as folder:
+        for turn in range(2):
+            for way, workers in ways.items():
+                training = TrainingConfig(workers=workers, checkpoint_every=10**6)
+                config = JobConfig.model_validate(
+                    {"model": {"source": "none"}, "tasks": ["none"], "training": training}
+                )
+                job, run = AdapterJob("qlora_all", ("a", "b"), steps, turn), Path(folder, f"{way}-{turn}")
+                done = train_adapters([job], tasks, config, run, asdict(spec), PROVENANCE)["qlora_all"]
+                rows = [json.loads(row)["seconds"] for row in (done.folder / "train.jsonl").read_text().splitlines()]
+                taken[way].append(statistics.median(rows[1:]))
+    return {"seconds_a_step": taken, "workers": {"one worker": 1, "auto": cluster_cpus()}}
+
+
 def tune_trial() -> dict[str, Any]:
     """Seconds that Ray Tune adds to a trial, and to the search as a whole."""
     import pandas
@@ -190,10 +223,11 @@ def tune_trial() -> dict[str, Any]:
 def fits() -> dict[str, Any]:
     """CPU seconds of the search's parts with the number of tasks n: λ, affinity, and one trial."""
     found: dict[str, Any] = {"n": [], "regularization": [], "affinity": [], "trial": []}
-    for n in (12, 25, 50, 100):
+    for n in (10, 20, 40):
         job = JobConfig.model_validate({"model": {"source": "none"}, "tasks": ["none"]})
         features, _ = planted_tasks(n, 5, train=160, validation=80, dim=DIM)
         subsets = job_subsets(features, job.estimator)
+        gc.collect()
         started = time.thread_time()
         value = choose_regularization(features, job.training, subsets, 0).value
         chosen = time.thread_time()
@@ -218,8 +252,6 @@ def fits() -> dict[str, Any]:
 
 def adapter_file(folder: Path, megabytes: float, rank: int = 4) -> Path:
     """A PEFT adapter of one module and about this size."""
-    import json
-
     import torch
     from safetensors.torch import save_file
 
@@ -234,28 +266,48 @@ def adapter_file(folder: Path, megabytes: float, rank: int = 4) -> Path:
 
 
 def requests() -> dict[str, Any]:
-    """CPU seconds that a label-score request takes of this process when all scores are there: keys, checks, reading."""
-    tasks, adapters = 6, 5
+    """CPU seconds that label-score requests take of this process when all scores are there: keys, checks, reading.
+
+    In turns, as it is and as it was (`before`): every request hashed its adapter and its examples itself. Fitted to what they
+    grow with: requests, tasks, and MB of adapters; before, requests and requests × MB.
+    """
     config, spec = GradientsConfig(), ReplicaSpec("none", "none", "none", 0)
-    encoded_tasks = [encoded(f"task-{i}", 2, 40) for i in range(tasks)]
-    sizes, seconds = (0.25, 1.0, 4.0), []
-    for size in sizes:
+    shapes, now, before = [(4, 3, 0.25), (12, 3, 0.25), (4, 9, 0.25), (6, 4, 2.0), (8, 8, 1.0)], [], []
+    for tasks, adapters, size in shapes:
+        examples = [encoded(f"task-{i}", 2, 40) for i in range(tasks)]
         with tempfile.TemporaryDirectory() as folder:
             held = [adapter_file(Path(folder, f"group-{g}"), size) for g in range(adapters)]
-            wanted = [ScoreRequest(a, task, task["validation"]) for task in encoded_tasks for a in held]
-            keep_scores(wanted, config, Path(folder))
-            call = lambda wanted=wanted, folder=folder: score_all(wanted, spec, config, PROVENANCE, Path(folder), "")  # noqa: E731
-            seconds.append(least(3, call, time.thread_time) / len(wanted))
-    return {**line(sizes, seconds), "seen": dict(zip(map(str, sizes), seconds, strict=True))}
+            wanted = [ScoreRequest(a, task, task["validation"]) for task in examples for a in held]
+            paths = score_paths(wanted, config, PROVENANCE, Path(folder))
+            for path in paths:
+                write_array(path, np.zeros((40, 2), np.float32))
+            calls: list[Callable[[], object]] = [
+                partial(score_all, wanted, spec, config, PROVENANCE, Path(folder), ""),
+                partial(score_paths, wanted, config, PROVENANCE, Path(folder)),
+                partial(keys_one_by_one, wanted, config),
+            ]
+            turns = [[least(1, call, time.thread_time) for call in calls] for _ in range(3)]
+            each, keys, slow_keys = (min(turn[place] for turn in turns) for place in range(3))
+            now.append(each)
+            before.append(each - keys + slow_keys)
+    grown = [[t * a, t, a * size] for t, a, size in shapes]
+    fitted, were = slopes(grown, now), slopes([[t * a, t * a * size] for t, a, size in shapes], before)
+    return {
+        "request": fitted[0], "task": fitted[1], "adapter_MB": fitted[2],
+        "before": {"request": were[0], "request_MB": were[1]},
+        "seen": {"tasks, adapters, MB": shapes, "seconds": now, "seconds_before": before},
+    }  # fmt: skip
 
 
-def keep_scores(wanted: Sequence[ScoreRequest], config: GradientsConfig, folder: Path) -> None:
-    """Put scores where `score_all` looks for them."""
-    from ray_ensemble.ensemble import scoring
-    from ray_ensemble.files import write_array
-
-    for path, request in zip(scoring.score_paths(wanted, config, PROVENANCE, folder), wanted, strict=True):
-        write_array(path, np.zeros((len(request.examples), len(request.task.labels)), np.float32))
+def keys_one_by_one(wanted: Sequence[ScoreRequest], config: GradientsConfig) -> list[str]:
+    """Keys of scores as they were made: all hashes for every request."""
+    keys = []
+    for request in wanted:
+        adapter = None if request.adapter is None else sha256_file(request.adapter / "adapter_model.safetensors")
+        data = split_hash(request.task, request.examples)
+        how = {"batch": config.batch_tokens, "threads": config.threads}
+        keys.append(sha256_json({"adapter": adapter, "data": data, "base": PROVENANCE, **how})[:16])
+    return keys
 
 
 def store() -> dict[str, Any]:
@@ -337,6 +389,7 @@ def speed() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "store": store, "requests": requests, "merging": merging, "weights": weights, "evaluation": evaluation, "speed": speed,
-    "fits": fits, "pool": pool, "actor_start": actor_start, "train_job": train_job, "tune_trial": tune_trial,
+    "fits": fits, "pool": pool, "actor_start": actor_start, "train_job": train_job, "tune_trial": tune_trial, "baseline": baseline,
 }  # fmt: skip
-NEED_RAY = ("pool", "actor_start", "train_job", "tune_trial")
+NEED_RAY = ("pool", "actor_start", "train_job", "tune_trial", "baseline")
+NOT_IN_THE_MODEL = {"baseline"}

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ray_ensemble.training.packing import shared_workers
+
 UNIT = 32  # examples of a unit of the gradient pass
 CPUS = 8  # of a GPU's node
 
@@ -36,7 +38,7 @@ BASES = {"1B": Base(60_000.0, 10.0, 2.4), "8B": Base(7_500.0, 60.0, 9.4)}
 class Job:
     """A run: n datasets of equal size, m groups of equal size (√n by default), default settings else.
 
-    `used` is how many adapters a dataset's weights leave; `workers` is the most that one adapter's training has.
+    `used` is how many adapters a dataset's weights leave; `workers` is `training.workers`, 0 for `auto`.
     """
 
     tasks: int
@@ -97,7 +99,8 @@ class Costs:
         saved: to keep a result as a file, by MB.
         waiting: more seconds for each event and each actor that is waited for.
         planned, checked, assembled, hashed: an example, a unit, a unit, a MB of the gradient store.
-        request: a label-score request's key and checks, by MB of its adapter.
+        request, request_task, request_mb: keys and checks of label scores: of a request, a task, and a MB of all adapters.
+        request_by_mb: as it was before: of a MB of its adapter for each request.
         weights: of a dataset, by m.
         merged: by MB of the adapters that go in.
         summarised: of a dataset's figures.
@@ -114,7 +117,10 @@ class Costs:
     checked: float
     assembled: float
     hashed: float
-    request: Line
+    request: float
+    request_task: float
+    request_mb: float
+    request_by_mb: float
     weights: Power
     merged: Line
     summarised: float
@@ -128,9 +134,13 @@ class Costs:
     training: float = 2.0
 
     @classmethod
-    def of(cls, measured: dict[str, Any]) -> Costs:
-        """From the figures of `scaling_measure`."""
-        pool, store, fits = measured["pool"], measured["store"], measured["fits"]
+    def of(cls, measured: dict[str, Any], before: bool = False) -> Costs:
+        """From the figures of `scaling_measure`; `before` the hashes of label scores were made once for all requests."""
+        pool, store, fits, score = measured["pool"], measured["store"], measured["fits"], measured["requests"]
+        requests = {
+            "now": (score["request"], score["task"], score["adapter_MB"], 0.0),
+            "before": (score["before"]["request"], 0.0, 0.0, score["before"]["request_MB"]),
+        }
         waits = {int(count): seconds for count, seconds in pool["one_wait_among"].items()}
         n = tuple(map(float, fits["n"]))
         return cls(
@@ -141,7 +151,10 @@ class Costs:
             checked=store["checked_unit"],
             assembled=store["assembled_unit"],
             hashed=store["hashed_MB"],
-            request=_line(measured["requests"]),
+            request=requests["before" if before else "now"][0],
+            request_task=requests["before" if before else "now"][1],
+            request_mb=requests["before" if before else "now"][2],
+            request_by_mb=requests["before" if before else "now"][3],
             weights=Power(tuple(map(float, measured["weights"]["m"])), tuple(measured["weights"]["seconds"])),
             merged=_line(measured["merging"]),
             summarised=measured["evaluation"]["slope"],
@@ -307,7 +320,10 @@ def train(job: Job, base: Base, gpus: int, costs: Costs) -> Stage:
     step = job.batch * job.tokens / base.forward_tokens * costs.training
     start = costs.job + base.load
     steps = [group * job.m, *[group] * job.m]
-    workers = [max(1, round(job.workers * each / steps[0])) for each in steps]
+    if job.workers:
+        workers = [max(1, round(job.workers * each / steps[0])) for each in steps]
+    else:
+        workers = shared_workers(steps, gpus, job.batch)
     jobs = [(start + each * step / count, count) for each, count in zip(steps, workers, strict=True)]
     whole = jobs_seconds(jobs, gpus)
     work = sum(steps) * step
@@ -317,11 +333,18 @@ def train(job: Job, base: Base, gpus: int, costs: Costs) -> Stage:
     return Stage("train", work, whole, causes)
 
 
+def _requests(job: Job, base: Base, costs: Costs, each: int, adapters: int) -> float:
+    """Seconds that this process takes for `each` requests of every dataset."""
+    count = job.tasks * each
+    shared = costs.request_task * job.tasks + costs.request_mb * adapters * base.adapter_mb
+    return count * (costs.request + costs.request_by_mb * base.adapter_mb) + shared
+
+
 def ensemble(job: Job, base: Base, gpus: int, costs: Costs) -> Stage:
     """Every adapter on half of every dataset's validation examples; then weights and merges, one dataset after another."""
     count = job.tasks * job.m
     units = [job.validation / 2 * job.tokens / base.forward_tokens] * count
-    serial = count * costs.request.at(base.adapter_mb) + job.tasks * (
+    serial = _requests(job, base, costs, job.m, job.m) + job.tasks * (
         costs.weights.at(job.m) + costs.merged.at(job.used * base.adapter_mb)
     )
     return _pooled("ensemble", units, gpus, base, costs, costs.handed.fixed + costs.saved.fixed, serial)
@@ -331,13 +354,12 @@ def evaluate(job: Job, base: Base, gpus: int, costs: Costs) -> Stage:
     """Base, baseline, the adapters in use, and the merged one, on every dataset's test examples; then the figures."""
     count = job.tasks * (3 + job.used)
     units = [job.test * job.tokens / base.forward_tokens] * count
-    serial = count * costs.request.at(base.adapter_mb) + job.tasks * costs.summarised
+    adapters = job.m + 1 + job.tasks  # the merged ones are each dataset's own
+    serial = _requests(job, base, costs, 3 + job.used, adapters) + job.tasks * costs.summarised
     return _pooled("evaluate", units, gpus, base, costs, costs.handed.fixed + costs.saved.fixed, serial)
 
 
 def ideal(job: Job, base: Base, gpus: int, costs: Costs) -> float:
     """Seconds without any overhead, were all work divisible."""
-    nothing = replace(
-        costs, handed=Line(0.0), saved=Line(0.0), waiting=0.0, request=Line(0.0), merged=Line(0.0), actor=0.0, job=0.0
-    )
+    nothing = replace(costs, handed=Line(0.0), saved=Line(0.0), waiting=0.0, merged=Line(0.0), actor=0.0, job=0.0)
     return sum(stage.work for stage in simulate(job, base, gpus, nothing).stages) / gpus

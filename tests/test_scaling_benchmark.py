@@ -22,7 +22,8 @@ from scaling_model import BASES, Costs, Job, Line, Power, jobs_seconds, pool_sec
 
 NOTHING = Power((1.0, 2.0), (0.0, 0.0))
 FREE = Costs(
-    handed=Line(0.0), saved=Line(0.0), waiting=0.0, planned=0.0, checked=0.0, assembled=0.0, hashed=0.0, request=Line(0.0),
+    handed=Line(0.0), saved=Line(0.0), waiting=0.0, planned=0.0, checked=0.0, assembled=0.0, hashed=0.0, request=0.0,
+    request_task=0.0, request_mb=0.0, request_by_mb=0.0,
     weights=NOTHING, merged=Line(0.0), summarised=0.0, regularization=NOTHING, affinity=NOTHING, trial=NOTHING,
     tuned=Line(0.0), actor=0.0, job=0.0, gradient=2.0,
 )  # fmt: skip
@@ -108,12 +109,20 @@ def test_the_baseline_of_one_worker_bounds_training_and_more_workers_lift_that()
     assert max(many.causes, key=lambda cause: many.causes[cause]) == "longest job"
     spread = next(s for s in model.simulate(replace(job, workers=8), INSTANT, 1000, FREE).stages if s.name == "train")
     assert many.seconds / spread.seconds == pytest.approx(8.0, rel=0.01)
+    # Shared out, training ends when an even share of the work does, as long as the batch can be cut so often.
+    shared = next(s for s in model.simulate(Job(100, workers=0), INSTANT, 16, FREE).stages if s.name == "train")
+    assert shared.seconds == pytest.approx(shared.work / 16, rel=0.35)
+    assert (
+        shared.seconds < next(s for s in model.simulate(job, INSTANT, 16, FREE).stages if s.name == "train").seconds / 3
+    )
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("gpus", [1, 4, 64])
 def test_costs_only_make_it_slower_and_causes_are_named(base, gpus):
-    costs = replace(FREE, handed=Line(0.001, 0.002), saved=Line(0.01), request=Line(0.001, 0.001), actor=5.0, job=9.0)
+    costs = replace(
+        FREE, handed=Line(0.001, 0.002), saved=Line(0.01), request=0.001, request_by_mb=0.001, actor=5.0, job=9.0
+    )
     cell, free = (model.simulate(Job(30), BASES[base], gpus, each) for each in (costs, FREE))
     assert cell.seconds > free.seconds
     assert 0 < cell.efficiency < free.efficiency <= 1 + 1e-9
@@ -162,7 +171,9 @@ def test_the_parts_without_ray_give_what_the_model_takes():
         "train_job": {"seconds": 9.0},
         "speed": {"gradient_over_forward": 2.1},
     }
-    assert set(quick) | set(made_up) == set(scaling_measure.PARTS)
+    assert set(quick) | set(made_up) == set(scaling_measure.PARTS) - scaling_measure.NOT_IN_THE_MODEL
     costs = Costs.of(quick | made_up)
-    assert min(costs.planned, costs.checked, costs.assembled, costs.hashed, costs.request.fixed, costs.merged.slope) > 0
+    assert min(costs.planned, costs.checked, costs.assembled, costs.hashed, costs.request, costs.merged.slope) > 0
+    assert quick["requests"]["before"]["request_MB"] > 0
+    assert Costs.of(quick | made_up, before=True).request_by_mb > 0
     assert 0 < model.simulate(Job(100), BASES["1B"], 16, costs).efficiency < 1

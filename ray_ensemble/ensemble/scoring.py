@@ -137,8 +137,23 @@ def score_all(
 def score_paths(
     requests: Sequence[ScoreRequest], config: GradientsConfig, base: dict[str, str], folder: Path
 ) -> list[Path]:
-    """Where the scores of each request are kept: below `scores/`, by what they depend on."""
-    return [folder / "scores" / f"{request.task.name}-{_key(request, config, base)}.npy" for request in requests]
+    """Where the scores of each request are kept: below `scores/`, by what they depend on.
+
+    Adapters and examples are many requests' own, and hashed once.
+    """
+    adapters: dict[Path | None, str | None] = {None: None}
+    data: dict[tuple[str, int], str] = {}  # by the identity of the examples, which the requests hold
+    paths = []
+    for request in requests:
+        adapter, examples = request.adapter, (request.task.name, id(request.examples))
+        if adapter not in adapters:
+            adapters[adapter] = sha256_file(adapter / "adapter_model.safetensors")
+        if examples not in data:
+            data[examples] = split_hash(request.task, request.examples)
+        how = {"batch": config.batch_tokens, "threads": config.threads}
+        key = sha256_json({"adapter": adapters[adapter], "data": data[examples], "base": base, **how})[:16]
+        paths.append(folder / "scores" / f"{request.task.name}-{key}.npy")
+    return paths
 
 
 def batches_of(request: ScoreRequest, budget: int) -> list[list[int]]:
@@ -154,13 +169,6 @@ def token_count(request: ScoreRequest) -> int:
 def _lengths(request: ScoreRequest) -> list[int]:
     nodes = len(LabelTree.of(request.task.label_ids).tokens)
     return [len(e.prompt_ids) + nodes for e in request.examples]
-
-
-def _key(request: ScoreRequest, config: GradientsConfig, base: dict[str, str]) -> str:
-    adapter = None if request.adapter is None else sha256_file(request.adapter / "adapter_model.safetensors")
-    data = split_hash(request.task, request.examples)
-    how = {"batch": config.batch_tokens, "threads": config.threads}
-    return sha256_json({"adapter": adapter, "data": data, "base": base, **how})[:16]
 
 
 def _is_scores(path: Path, request: ScoreRequest) -> bool:

@@ -32,3 +32,28 @@ def packs(sizes: Sequence[int], most: int, at_once: int) -> list[list[int]]:
         else:
             found.append([place])
     return sorted(found, key=lambda pack: -sum(sizes[i] for i in pack))
+
+
+def shared_workers(steps: Sequence[int], held: int, most: int) -> list[int]:
+    """Workers of jobs of so many steps that share what a cluster holds, in proportion, so that all end at about the same time.
+
+    The baseline on everything has the steps of all groups together: by one worker it takes as long as they do in turn.
+
+    Args:
+        steps: of each job.
+        held: workers that the cluster holds at once.
+        most: workers that one job may have at most.
+
+    Returns:
+        From 1 to `most` for each; no more than `held` together, unless there are more jobs.
+    """
+    total, idle = sum(steps), max(0, held - len(steps))
+    shares = [held * each / total for each in steps]
+    workers = [1] * len(steps)
+    # One after another to the job that has least of its share, so that what rounding leaves over is used too.
+    for _ in range(idle):
+        open_jobs = [job for job in range(len(steps)) if workers[job] < most]
+        if not open_jobs:
+            break
+        workers[min(open_jobs, key=lambda job: (workers[job] / shares[job], job))] += 1
+    return workers
