@@ -35,7 +35,7 @@ from ray_ensemble.gradients.units import COUNTS, SplitPlan, UnitResult, part_is_
 from ray_ensemble.grouping.cases import run_case
 from ray_ensemble.pool import PlainActors, PoolSize, map_units
 from ray_ensemble.runtime import cluster_cpus
-from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
+from ray_ensemble.tasks import EncodedExample, EncodedTask, Split, split_hash
 
 MB = 2**20
 DIM, WIDTH = 400, 100  # d, and tokens of a prompt
@@ -50,7 +50,8 @@ def encoded(name: str, train: int = 64, validation: int = 64, width: int = WIDTH
         rows = draw.integers(3, vocabulary, size=(count, width)).tolist()
         return tuple(EncodedExample(tuple(row), place % 2, False) for place, row in enumerate(rows))
 
-    splits = {"train": split(train), "validation": split(validation), "test": split(validation)}
+    splits: dict[Split, tuple[EncodedExample, ...]] = {"train": split(train), "validation": split(validation)}
+    splits["test"] = splits["validation"]
     return EncodedTask(name, ("no", "yes"), ((1,), (2,)), splits, "none")
 
 
@@ -389,7 +390,8 @@ def speed() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "store": store, "requests": requests, "merging": merging, "weights": weights, "evaluation": evaluation, "speed": speed,
-    "fits": fits, "pool": pool, "actor_start": actor_start, "train_job": train_job, "tune_trial": tune_trial, "baseline": baseline,
+    "fits": fits, "pool": pool, "actor_start": actor_start, "train_job": train_job, "tune_trial": tune_trial,
+    "baseline": baseline,
 }  # fmt: skip
 NEED_RAY = ("pool", "actor_start", "train_job", "tune_trial", "baseline")
 NOT_IN_THE_MODEL = {"baseline"}

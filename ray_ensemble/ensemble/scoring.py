@@ -146,7 +146,7 @@ def score_paths(
     paths = []
     for request in requests:
         adapter, examples = request.adapter, (request.task.name, id(request.examples))
-        if adapter not in adapters:
+        if adapter is not None and adapter not in adapters:
             adapters[adapter] = sha256_file(adapter / "adapter_model.safetensors")
         if examples not in data:
             data[examples] = split_hash(request.task, request.examples)

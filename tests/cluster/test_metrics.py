@@ -238,7 +238,7 @@ def of_run(found: dict[str, Any], name: str, run: str, **labels: str) -> float |
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_is_seen_at_the_exporter_and_so_is_all_that_the_dashboard_asks_for(ray_cluster, whole_job, tmp_path):
-    folder = Job.from_yaml(whole_job).run(tmp_path / "watched").folder
+    folder = Job.from_yaml(whole_job, ["training.pack=3", "search.trials=2"]).run(tmp_path / "watched").folder
     lost: list[str] = []
     with run_figures("frail") as figures:
         figures.stage("gradients", RUNNING)
