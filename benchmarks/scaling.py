@@ -21,6 +21,7 @@ from typing import Any
 import scaling_measure as measure
 import scaling_model as model
 from rich.console import Console
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ray_ensemble.files import read_json, write_json
 from ray_ensemble.report.tables import text_table
@@ -62,7 +63,9 @@ def _measure(names: Sequence[str], found: dict[str, Any], file: Path) -> None:
     for name in names:
         print(f"measuring {name}", flush=True)
         load = os.getloadavg()[0]
-        found["measured"][name] = {**measure.PARTS[name](), "load_before": load, "cores": os.cpu_count()}
+        with threadpool_limits(limits=1):
+            figures = measure.PARTS[name]()
+        found["measured"][name] = {**figures, "load_before": load, "cores": os.cpu_count()}
         write_json(file, found)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scaling_actors import Echo, Idle
 
 from ray_ensemble.config import AdapterConfig, GradientsConfig, JobConfig, TrainingConfig
 from ray_ensemble.ensemble import ScoreRequest, learn_weights, merge_adapters, score_all
@@ -98,15 +99,6 @@ def least(times: int, call: Callable[[], object], clock: Callable[[], float] = t
     return min(taken)
 
 
-class Echo:
-    """An actor whose units take no time: it hands back features of so many rows, which it holds."""
-
-    def work(self, rows: int) -> UnitResult:
-        """A unit's result."""
-        arrays = {"features": np.ones((rows, DIM), np.float32), "margins": np.ones(rows, np.float32)}
-        return UnitResult(arrays, dict.fromkeys(COUNTS, 1), 0)
-
-
 def pool() -> dict[str, Any]:
     """Seconds of this process that a unit of the pool takes, without and with its result kept as a file."""
     import ray
@@ -116,25 +108,20 @@ def pool() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for size in rows:
             units = {f"unit-{size}-{i}": size for i in range(count)}
-            results: list[UnitResult] = []
-
-            def keep(_: str, result: UnitResult, results: list[UnitResult] = results) -> None:
-                if not results:
-                    results.append(result)
-
-            actors = PlainActors(Echo, (), GradientsConfig(), PoolSize(1, 1))
+            results: list[dict[str, Any]] = []
+            actors = PlainActors(Echo, (DIM,), GradientsConfig(), PoolSize(1, 1))
             started = time.thread_time()
-            map_units(actors, "work", units, size=PoolSize(1, 1), on_result=keep)
+            map_units(actors, "work", units, size=PoolSize(1, 1), on_result=partial(_first, results))
             handed.append((time.thread_time() - started) / count)
             path = Path(folder, "part.npz")
-            kept.append(least(30, lambda result=results[0], path=path: result.save(path)))  # type: ignore[misc]
+            kept.append(least(30, partial(UnitResult(results[0], dict.fromkeys(COUNTS, 1), 0).save, path)))
             sizes.append(size * DIM * 4 / MB)
-    idle = ray.remote(num_cpus=0, max_concurrency=300)(_Idle).remote()
+    idle = ray.remote(num_cpus=0, max_concurrency=300)(Idle).remote()
     waits = {}
     for actors_held in (1, 16, 64, 256):
         references = [idle.wait.remote(30.0) for _ in range(actors_held)]
         ray.wait(references, timeout=0.2)
-        waits[str(actors_held)] = least(20, lambda held=references: ray.wait(held, timeout=0))  # type: ignore[misc]
+        waits[str(actors_held)] = least(20, partial(ray.wait, references, timeout=0))
     ray.kill(idle)
     return {
         "handed_out_and_taken": line(sizes, handed),
@@ -144,9 +131,9 @@ def pool() -> dict[str, Any]:
     }
 
 
-class _Idle:
-    def wait(self, seconds: float) -> None:
-        time.sleep(seconds)
+def _first(results: list[dict[str, Any]], _: str, result: dict[str, Any]) -> None:
+    if not results:
+        results.append(result)
 
 
 def actor_start() -> dict[str, Any]:
@@ -224,7 +211,7 @@ def tune_trial() -> dict[str, Any]:
 def fits() -> dict[str, Any]:
     """CPU seconds of the search's parts with the number of tasks n: λ, affinity, and one trial."""
     found: dict[str, Any] = {"n": [], "regularization": [], "affinity": [], "trial": []}
-    for n in (10, 20, 40):
+    for n in (8, 16, 32):
         job = JobConfig.model_validate({"model": {"source": "none"}, "tasks": ["none"]})
         features, _ = planted_tasks(n, 5, train=160, validation=80, dim=DIM)
         subsets = job_subsets(features, job.estimator)
@@ -341,7 +328,7 @@ def weights() -> dict[str, Any]:
         scores = [draw.normal(size=(m, 40, 2)).astype(np.float32) for _ in range(4)]
         labels = [draw.integers(0, 2, 40) for _ in scores]
         priors = [np.eye(m)[0] for _ in scores]
-        seconds.append(least(1, lambda s=scores, y=labels, p=priors: learn_weights(s, y, p), time.thread_time) / 4)  # type: ignore[misc]
+        seconds.append(least(2, partial(learn_weights, scores, labels, priors), time.thread_time) / 4)
     return {"m": list(counts), "seconds": seconds}
 
 
@@ -352,8 +339,7 @@ def merging() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             held = [adapter_file(Path(folder, f"group-{g}"), size) for g in range(parts)]
             shares, target = [1.0 / parts] * parts, Path(folder, "merged")
-            call = lambda held=held, shares=shares, target=target: merge_adapters(held, shares, target)  # noqa: E731
-            seconds.append(least(3, call))
+            seconds.append(least(5, partial(merge_adapters, held, shares, target)))
             sizes.append(parts * size)
     return {**line(sizes, seconds), "seen": {"MB": sizes, "seconds": seconds}}
 
@@ -366,7 +352,7 @@ def evaluation() -> dict[str, Any]:
         names = [f"task-{i}" for i in range(count)]
         outputs = {name: {arm: draw.normal(size=(120, 2)) for arm in arms} for name in names}
         labels = {name: draw.integers(0, 2, 120) for name in names}
-        seconds.append(least(1, lambda o=outputs, y=labels: summarise(o, y), time.thread_time))  # type: ignore[misc]
+        seconds.append(least(2, partial(summarise, outputs, labels), time.thread_time))
     return {**line(counts, seconds), "seen": dict(zip(map(str, counts), seconds, strict=True))}
 
 
