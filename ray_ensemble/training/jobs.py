@@ -20,7 +20,7 @@ from ray_ensemble.runtime import cluster_cpus, cluster_gpus, may_grow, shortfall
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
-from ray_ensemble.training.packing import packs, shared_workers
+from ray_ensemble.training.packing import packs, shared_workers, side_by_side
 from ray_ensemble.training.worker import Interruption, Pack, interruptions, note_interruption, read_row, train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
@@ -106,15 +106,15 @@ def _run_all(
     """Train `wanted` (by key); why a job failed, for those that did."""
     keys = list(wanted)
     longest = max(job.steps for job in wanted.values())
+    # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
     if training.workers == "auto":
         held = _fitting(_demand(training, 1)) if training.concurrency == "auto" else training.concurrency
         workers = shared_workers([job.steps for job in wanted.values()], held, training.batch_size)
+        at_once = side_by_side(workers, held)
     else:
         workers = [training.workers_of(job.steps, longest) for job in wanted.values()]
+        at_once = _fitting(_demand(training, min(workers))) if training.concurrency == "auto" else training.concurrency
     demands = {key: _demand(training, count) for key, count in zip(wanted, workers, strict=True)}
-    # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
-    least = min(demands.values(), key=lambda demand: demand.workers)
-    at_once = _fitting(least) if training.concurrency == "auto" else training.concurrency
     ordered = [
         _named({keys[i]: wanted[keys[i]] for i in pack})
         for pack in packs([wanted[key].steps for key in keys], training.pack, at_once)

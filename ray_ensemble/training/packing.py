@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 
 def packs(sizes: Sequence[int], most: int, at_once: int) -> list[list[int]]:
@@ -45,15 +46,20 @@ def shared_workers(steps: Sequence[int], held: int, most: int) -> list[int]:
         most: workers that one job may have at most.
 
     Returns:
-        From 1 to `most` for each; no more than `held` together, unless there are more jobs.
+        From 1 to `most` for each. With many small jobs they are more than `held`, and `side_by_side` tells how many may start.
     """
-    total, idle = sum(steps), max(0, held - len(steps))
-    shares = [held * each / total for each in steps]
-    workers = [1] * len(steps)
-    # One after another to the job that has least of its share, so that what rounding leaves over is used too.
-    for _ in range(idle):
-        open_jobs = [job for job in range(len(steps)) if workers[job] < most]
-        if not open_jobs:
+    shares = [held * each / sum(steps) for each in steps]
+    workers = [max(1, min(most, int(share))) for share in shares]
+    # What rounding leaves over goes to whoever has least of its share.
+    for _ in range(held - sum(workers)):
+        lacking = [job for job in range(len(steps)) if workers[job] < most]
+        if not lacking:
             break
-        workers[min(open_jobs, key=lambda job: (workers[job] / shares[job], job))] += 1
+        workers[min(lacking, key=lambda job: (workers[job] / shares[job], job))] += 1
     return workers
+
+
+def side_by_side(workers: Sequence[int], held: int) -> int:
+    """How many jobs of so many workers may run at once, whichever they are, where the cluster holds `held`; one at least."""
+    sums = accumulate(sorted(workers, reverse=True))
+    return max(1, sum(total <= held for total in sums))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ensemble.config import Range, TrainingConfig
-from ray_ensemble.training.packing import packs, shared_workers
+from ray_ensemble.training.packing import packs, shared_workers, side_by_side
 
 
 @settings(max_examples=200, deadline=None)
@@ -49,9 +49,10 @@ def test_workers_follow_the_size_of_a_job():
 def test_workers_are_shared_by_steps_within_what_there_is(steps, held, most):
     workers = shared_workers(steps, held, most)
     assert all(1 <= count <= most for count in workers)
-    assert sum(workers) <= max(held, len(steps))
-    if most >= held >= len(steps):
-        assert sum(workers) == held, "nothing lies idle"
+    if most >= held:
+        assert sum(workers) >= min(held, sum(steps)), "nothing lies idle"
+    at_once = side_by_side(workers, held)
+    assert at_once == 1 or sum(sorted(workers)[-at_once:]) <= held, "whichever run, they fit"
     for one, its in zip(steps, workers, strict=True):
         for other, theirs in zip(steps, workers, strict=True):
             assert one <= other or its >= theirs, "a longer job has no fewer workers"
@@ -61,6 +62,11 @@ def test_a_baseline_with_the_steps_of_all_groups_gets_half():
     assert shared_workers([4, 1, 1, 1, 1], 16, 16) == [8, 2, 2, 2, 2]
     assert shared_workers([4, 1, 1, 1, 1], 16, 4) == [4, 3, 3, 3, 3]
     assert shared_workers([5, 5, 5], 3, 8) == shared_workers([9, 1, 1], 2, 8) == [1, 1, 1]
+    # More groups than fit run in turn beside the baseline, which still has half.
+    many = shared_workers([32, *[1] * 32], 16, 8)
+    assert many == [8, *[1] * 32]
+    assert side_by_side(many, 16) == 9
+    assert side_by_side([3, 3], 2) == 1
 
 
 def test_auto_is_not_for_packs_or_shares_of_a_gpu():
