@@ -6,7 +6,8 @@
 
 `scaling_measure.py` says what is measured and how, `scaling_model.py` what is simulated, and docs/scaling.md what is assumed: the
 speed of the model above all, since there is no GPU here. Efficiency is the GPU seconds that the work needs over GPUs × the
-simulated seconds of the stages that use them; beside it stands what it is that keeps the others waiting.
+simulated seconds of the whole run; beside it stand the stage that loses most GPU seconds and what loses them there. Each table is
+printed for the package as it was before its first bottleneck was mended, and as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from ray_ensemble.report.tables import text_table
 from ray_ensemble.runtime import ray_session
 
 TASKS, GPUS = (10, 30, 100, 300, 1000), (1, 4, 16, 64, 256)
+# training.workers (0 is auto), and whether every score's request hashes its adapter.
+WAYS = {"before: one worker an adapter, hashes for each score": (1, True), "now: training.workers auto": (0, False)}
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,7 +43,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, nargs="+", default=list(TASKS), help="numbers of datasets")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS))
     parser.add_argument("--train", type=int, default=model.Job.train, help="training examples a dataset")
-    parser.add_argument("--workers", type=int, default=model.Job.workers, help="most workers of one adapter's training")
+    parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     return parser.parse_args(argv)
 
 
@@ -71,26 +74,34 @@ def _measure(names: Sequence[str], found: dict[str, Any], file: Path) -> None:
 
 def tables(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Print the simulation's tables; all cells as figures."""
-    costs = model.Costs.of(found["measured"])
     cells: dict[str, Any] = {}
-    console = Console(width=130, highlight=False)
     for base in args.bases:
-        title = f"{base}: efficiency, and what limits it"
-        table = text_table(
-            title=title, caption=f"{args.train} training examples a dataset; docs/scaling.md has the assumptions"
-        )
-        for name in ("datasets", *(f"{gpus} GPU{'s' if gpus > 1 else ''}" for gpus in args.gpus)):
-            table.add_column(name, justify="right")
-        for tasks in args.tasks:
-            row = []
-            for gpus in args.gpus:
-                job = model.Job(tasks, train=args.train, workers=args.workers)
-                cell = model.simulate(job, model.BASES[base], gpus, costs)
-                cells[f"{base}/{tasks}/{gpus}"] = cell.described()
-                row.append(f"{cell.efficiency:.0%} {cell.limit}")
-            table.add_row(str(tasks), *row)
-        console.print(table)
+        for way, (workers, before) in WAYS.items():
+            costs = model.Costs.of(found["measured"], before)
+            rows: list[list[str]] = []
+            for tasks in args.tasks:
+                job = model.Job(tasks, train=args.train, workers=workers)
+                row = [model.simulate(job, model.BASES[base], gpus, costs) for gpus in args.gpus]
+                cells |= {
+                    f"{way}/{base}/{tasks}/{gpus}": cell.described() for gpus, cell in zip(args.gpus, row, strict=True)
+                }
+                rows.append([str(tasks), *(f"{cell.efficiency:.0%} {cell.limit}" for cell in row)])
+            columns = ["datasets", *(f"{gpus} GPU{'s' if gpus > 1 else ''}" for gpus in args.gpus)]
+            _print(f"{base}, {way}", columns, rows, args.markdown)
     return cells
+
+
+def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
+    if markdown:
+        print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        return
+    table = text_table(title=title, caption="efficiency, and what loses most; docs/scaling.md has the assumptions")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=150, highlight=False).print(table)
 
 
 def main(argv: Sequence[str]) -> None:
