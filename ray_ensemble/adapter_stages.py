@@ -77,8 +77,9 @@ def ensemble(stages: Stages) -> Outcome:
     tokens, peak = 0, 0
     if learned or boosting or settings.router:
         stages.need_ray()
+        held_out = {task.name: stages.held_out(task.name) for task in stages.encoded}
         requests = [
-            ScoreRequest(stages.adapter_folder(name), task, stages.held_out(task.name))
+            ScoreRequest(stages.adapter_folder(name), task, held_out[task.name])
             for task in stages.encoded
             for name in names
         ]

@@ -212,11 +212,10 @@ class TrainingConfig(Section):
     one copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job; nodes
     that are taken away count apart, by `max_preemptions`. A job that the cluster cannot place in `wait_minutes` fails.
     `loggers` show the steps elsewhere than in `train.jsonl`. A job has `workers` workers, each with its own `cpus` and
-    `gpus`, that share the rows of every step; with a range {min, max} the job with the most steps has `max` of them, and
-    others have in proportion. With `strategy: none` each holds the whole base; `zero3` (DeepSpeed) and `fsdp2` (torch) cut
-    the base into a shard each, `zero2` (DeepSpeed) the optimiser's state and gradients alone. `offload` moves what was cut to
-    host memory: the optimiser's state under `zero2`, the base's shards too under `zero3`, the base's shards under `fsdp2`
-    (docs/training.md).
+    `gpus`, that share the rows of every step; with a range {min, max} the longest job has `max` of them and others in
+    proportion, `auto` shares out what the cluster holds. With `strategy: none` each holds the whole base; `zero3` (DeepSpeed)
+    and `fsdp2` (torch) cut the base into a shard each, `zero2` (DeepSpeed) the optimiser's state and gradients. `offload` moves
+    that to host memory: the optimiser's state under `zero2`, the shards too under `zero3`, the shards under `fsdp2`.
     """
 
     epochs: Count = 2
@@ -237,7 +236,7 @@ class TrainingConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 2
     max_preemptions: Annotated[int, Field(ge=0)] = 100
     strategy: Strategy = "none"
-    workers: Count | Range = 1
+    workers: Literal["auto"] | Count | Range = 1
     offload: bool = False
     concurrency: Literal["auto"] | Count = "auto"
     cpus: Fraction = 1.0
@@ -281,13 +280,15 @@ class TrainingConfig(Section):
 
     @property
     def most_workers(self) -> int:
-        """Workers that a job has at most."""
+        """Workers that a job has at most; `auto` counts as several."""
+        if self.workers == "auto":
+            return min(2, self.batch_size)
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     def workers_of(self, steps: int, longest: int) -> int:
         """Workers of a job of so many steps, where the longest has `longest`."""
-        if isinstance(self.workers, int):
-            return self.workers
+        if not isinstance(self.workers, Range):
+            return self.most_workers
         return max(self.workers.min, round(self.workers.max * steps / longest))
 
     def steps(self, examples: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ray_ensemble.config import GradientsConfig, Range
 from ray_ensemble.errors import InputError, RunError
+from ray_ensemble.metrics import current_figures
 from ray_ensemble.runtime import cluster_cpus, cluster_gpus, shortfall
 
 _TRIES = 4  # of one unit whose actors die under it, and actors lost in a row, before the run gives up
@@ -133,6 +134,8 @@ class _Pool(Generic[Unit]):
         self._lost = 0  # actors since the last result
         self._members: list[_Member[Unit]] = []
         self._running: dict[Any, tuple[_Member[Unit], str, Unit | None]] = {}
+        self._handed_out: dict[str, float] = {}  # when, by name of the unit
+        self._figures = current_figures()
 
     def run(self) -> None:
         quiet_since, told = time.monotonic(), False
@@ -193,6 +196,7 @@ class _Pool(Generic[Unit]):
         else:
             member.held -= 1
             self._lost = 0
+            self._figures.observe("ensemble_unit_seconds", time.monotonic() - self._handed_out.pop(name))
             self._on_result(name, result)
         self._hand_out(member)
 
@@ -200,6 +204,7 @@ class _Pool(Generic[Unit]):
         while self._waiting and member.held < self._in_flight:
             name, unit = self._waiting.popleft()
             self._running[getattr(member.actor, self._method).remote(unit)] = (member, name, unit)
+            self._handed_out[name] = time.monotonic()
             member.held += 1
         if not member.held and not self._waiting:
             # Nothing is left for it: its CPUs and GPUs go back while the others finish.
@@ -221,6 +226,10 @@ class _Pool(Generic[Unit]):
         self._release(member)
         # A node that went away takes its actors along: that is the cluster's doing, not the unit's.
         preempted = bool(getattr(error, "preempted", False)) or not _alive(member.nodes)
+        self._figures.count("ensemble_preemptions" if preempted else "ensemble_actors_lost")
+        at = "while it started" if unit is None else f"with {name}"
+        why = "its node went away" if preempted else "out of memory, or killed"
+        print(f"an actor was lost {at} ({why}); another takes over", flush=True)
         if unit is not None:
             self._waiting.appendleft((name, unit))
             self._deaths[name] += not preempted

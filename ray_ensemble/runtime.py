@@ -37,10 +37,11 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(metadata: Mapping[str, str] | None = None) -> Iterator[None]:
     """A Ray cluster for the length of a run: the one of this process, the one at RAY_ADDRESS, or a local one.
 
-    A local one binds its dashboard to loopback. A cluster that was there before stays when the run ends.
+    A local one binds its dashboard to loopback. A cluster that was there before stays when the run ends. `metadata` are shown
+    by the dashboard, unless this process joined Ray before.
 
     Raises:
         InputError: no cluster answers at RAY_ADDRESS, or this process is on a spot node of it.
@@ -59,6 +60,7 @@ def ray_session() -> Iterator[None]:
         "runtime_env": {"env_vars": environment},
         "log_to_driver": False,
         "logging_level": logging.ERROR,
+        "job_config": ray.job_config.JobConfig(metadata=dict(metadata or {})),
     }
     if not os.environ.get("RAY_ADDRESS"):
         # Train's clean-up of a dead controller asks the dashboard, so the dashboard has to run.

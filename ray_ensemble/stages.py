@@ -15,6 +15,8 @@ from ray_ensemble.adapter_stages import ensemble, evaluate, train
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, sha256_file, write_json
+from ray_ensemble.job_metadata import metadata
+from ray_ensemble.metrics import FAILED, RUNNING, WAITING, WHOLE, run_figures
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import ray_session
@@ -51,17 +53,29 @@ class Stages:
             "evaluate": lambda: evaluate(self),
             "report": self.report,
         }
-        for stage in STAGES[: STAGES.index(last) + 1]:
-            if self.folder.whole(stage):
-                if stage == "tasks":
-                    self.refuse_changed_data()
-                console.print(f"[dim]{stage}: done before[/dim]")
-                continue
-            self.folder.forget_from(stage)
-            console.print(f"[bold]{stage}[/bold]")
-            started = time.monotonic()
-            files, facts = steps[stage]()
-            self.folder.finish(stage, files, {"seconds": round(time.monotonic() - started, 3), **facts})
+        wanted = STAGES[: STAGES.index(last) + 1]
+        with run_figures(self.folder.path.name) as figures:
+            for stage in wanted:
+                figures.stage(stage, WAITING)
+            for stage in wanted:
+                if self.folder.whole(stage):
+                    if stage == "tasks":
+                        self.refuse_changed_data()
+                    console.print(f"[dim]{stage}: done before[/dim]")
+                    figures.stage(stage, WHOLE)
+                    continue
+                self.folder.forget_from(stage)
+                console.print(f"[bold]{stage}[/bold]")
+                figures.stage(stage, RUNNING)
+                started = time.monotonic()
+                try:
+                    files, facts = steps[stage]()
+                except BaseException:
+                    figures.stage(stage, FAILED)
+                    raise
+                seconds = round(time.monotonic() - started, 3)
+                self.folder.finish(stage, files, {"seconds": seconds, **facts})
+                figures.stage(stage, WHOLE, seconds)
 
     # The stages -----------------------------------------------------------------------------------------------------
 
@@ -212,7 +226,8 @@ class Stages:
     def need_ray(self) -> None:
         """Start Ray unless this pass has."""
         if not self._ray:
-            self._stack.enter_context(ray_session())
+            about = metadata(str(self.folder.path), self.config.model.source, str(len(self.encoded)))
+            self._stack.enter_context(ray_session(about))
             self._ray = True
 
     @cached_property

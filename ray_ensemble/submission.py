@@ -27,11 +27,11 @@ from typing import Any
 
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import sha256_json
+from ray_ensemble.job_metadata import submission_metadata
 from ray_ensemble.job_package import JobPackage, pack_job, unpack_wheel
 from ray_ensemble.progress import console
 from ray_ensemble.submitted import arguments_for
 
-_OUTPUT = "ray_ensemble_output"  # the key of a job's metadata that says where it writes
 _LOST_SECONDS = 60.0  # without a word from the job server before following ends
 _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -182,7 +182,7 @@ def submit(
                     entrypoint=entrypoint(output, package, environment, redo),
                     submission_id=identity,
                     runtime_env=runtime_env(package, modules),
-                    metadata={_OUTPUT: output},
+                    metadata=submission_metadata(output, package),
                 )
             except RuntimeError as error:
                 if "already exists" in str(error):

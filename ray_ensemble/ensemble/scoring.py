@@ -106,7 +106,7 @@ def score_all(
         folder: the run folder; scores are kept in its `scores/`.
         title: of the progress bar.
     """
-    paths = [folder / "scores" / f"{request.task.name}-{_key(request, config, base)}.npy" for request in requests]
+    paths = score_paths(requests, config, base, folder)
     units = {path.stem: request for path, request in zip(paths, requests, strict=True) if not _is_scores(path, request)}
     tokens = sum(token_count(request) for request in requests)
     peak = 0
@@ -134,6 +134,28 @@ def score_all(
     return Scored(tuple(np.load(path, allow_pickle=False) for path in paths), tokens, peak)
 
 
+def score_paths(
+    requests: Sequence[ScoreRequest], config: GradientsConfig, base: dict[str, str], folder: Path
+) -> list[Path]:
+    """Where the scores of each request are kept: below `scores/`, by what they depend on.
+
+    Adapters and examples are many requests' own, and hashed once.
+    """
+    adapters: dict[Path | None, str | None] = {None: None}
+    data: dict[tuple[str, int], str] = {}  # by the identity of the examples, which the requests hold
+    paths = []
+    for request in requests:
+        adapter, examples = request.adapter, (request.task.name, id(request.examples))
+        if adapter is not None and adapter not in adapters:
+            adapters[adapter] = sha256_file(adapter / "adapter_model.safetensors")
+        if examples not in data:
+            data[examples] = split_hash(request.task, request.examples)
+        how = {"batch": config.batch_tokens, "threads": config.threads}
+        key = sha256_json({"adapter": adapters[adapter], "data": data[examples], "base": base, **how})[:16]
+        paths.append(folder / "scores" / f"{request.task.name}-{key}.npy")
+    return paths
+
+
 def batches_of(request: ScoreRequest, budget: int) -> list[list[int]]:
     """A request's examples in batches of at most `budget` padded tokens, as lists of their places."""
     return length_sorted_batches(_lengths(request), budget)
@@ -147,13 +169,6 @@ def token_count(request: ScoreRequest) -> int:
 def _lengths(request: ScoreRequest) -> list[int]:
     nodes = len(LabelTree.of(request.task.label_ids).tokens)
     return [len(e.prompt_ids) + nodes for e in request.examples]
-
-
-def _key(request: ScoreRequest, config: GradientsConfig, base: dict[str, str]) -> str:
-    adapter = None if request.adapter is None else sha256_file(request.adapter / "adapter_model.safetensors")
-    data = split_hash(request.task, request.examples)
-    how = {"batch": config.batch_tokens, "threads": config.threads}
-    return sha256_json({"adapter": adapter, "data": data, "base": base, **how})[:16]
 
 
 def _is_scores(path: Path, request: ScoreRequest) -> bool:

@@ -23,6 +23,7 @@ from ray_ensemble.gradients.units import (
     UnitResult,
     part_is_whole,
 )
+from ray_ensemble.metrics import current_figures
 from ray_ensemble.models import attach_adapters, default_device, load_base, materialise, quiet_libraries
 from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
@@ -172,6 +173,7 @@ def _compute(
             peak = max(peak, result.peak_memory_bytes)
             if result.counts["halved_batches"]:
                 print(f"{unit_name}: batches were halved to fit into memory", flush=True)
+                current_figures().count("ensemble_memory_halvings")
             result.save(parts / f"{unit_name}.npz")
             bar.advance(len(units[unit_name].indices), unit_name.rpartition("-")[0])
 

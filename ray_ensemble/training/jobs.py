@@ -15,6 +15,7 @@ from typing import Any
 from ray_ensemble.config import JobConfig, TrainingConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, sha256_json, write_json
+from ray_ensemble.metrics import Figures, current_figures
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.runtime import (
     cluster_cpus,
@@ -27,8 +28,8 @@ from ray_ensemble.runtime import (
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
-from ray_ensemble.training.packing import packs
-from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
+from ray_ensemble.training.packing import packs, shared_workers, side_by_side
+from ray_ensemble.training.worker import Interruption, Pack, interruptions, note_interruption, read_row, train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
 _ORPHAN_S = 5.0  # for Ray to notice that a failed job's controller is gone
@@ -114,10 +115,15 @@ def _run_all(
     """Train `wanted` (by key); why a job failed, for those that did."""
     keys = list(wanted)
     longest = max(job.steps for job in wanted.values())
-    demands = {key: _demand(training, training.workers_of(job.steps, longest)) for key, job in wanted.items()}
     # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
-    least = min(demands.values(), key=lambda demand: demand.workers)
-    at_once = _fitting(least) if training.concurrency == "auto" else training.concurrency
+    if training.workers == "auto":
+        held = _fitting(_demand(training, 1)) if training.concurrency == "auto" else training.concurrency
+        workers = shared_workers([job.steps for job in wanted.values()], held, training.batch_size)
+        at_once = side_by_side(workers, held)
+    else:
+        workers = [training.workers_of(job.steps, longest) for job in wanted.values()]
+        at_once = _fitting(_demand(training, min(workers))) if training.concurrency == "auto" else training.concurrency
+    demands = {key: _demand(training, count) for key, count in zip(wanted, workers, strict=True)}
     ordered = [
         _named({keys[i]: wanted[keys[i]] for i in pack})
         for pack in packs([wanted[key].steps for key in keys], training.pack, at_once)
@@ -135,7 +141,8 @@ def _run_all(
             for pack in ordered
         }
         stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, stop), daemon=True)
+        figures = current_figures()
+        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, figures, stop), daemon=True)
         watcher.start()
         try:
             for future, pack in futures.items():
@@ -150,6 +157,7 @@ def _run_all(
         finally:
             stop.set()
             watcher.join()
+    figures.count("ensemble_adapters_failed", len(failures))
     if failures:
         _await_orphans()
     return failures
@@ -230,22 +238,29 @@ def _run_one(
                 controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_memory_watch(pack.folder(folder)), _group_release()],
+            callbacks=[_interruption_watch(pack.folder(folder)), _group_release()],
         ),
     )
     trainer.fit()
 
 
-def _memory_watch(checkpoints: Path) -> Any:
-    """A callback of Ray Train's controller that notes which workers were killed for their memory."""
+def _interruption_watch(checkpoints: Path) -> Any:
+    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory."""
     from ray.train import UserCallback
 
-    class MemoryWatch(UserCallback):  # type: ignore[misc]
+    class InterruptionWatch(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if any(is_memory_kill(error) for error in worker_exceptions.values()):
-                note_out_of_memory(checkpoints)
+            note_interruption(checkpoints, interruption(list(worker_exceptions.values())))
 
-    return MemoryWatch()
+    return InterruptionWatch()
+
+
+def interruption(errors: Sequence[BaseException]) -> Interruption:
+    """What ended workers, by their errors: memory before a pre-empted node, and that before any other failure."""
+    if any(is_memory_kill(error) for error in errors):
+        return "memory"
+    causes = [*errors, *(cause for error in errors if (cause := error.__cause__) is not None)]
+    return "preemption" if any(getattr(cause, "preempted", False) for cause in causes) else "failure"
 
 
 def _group_release() -> Any:
@@ -277,20 +292,27 @@ class _Told:
 
     step: int = 0
     batch_tokens: int | None = None
+    trained: bool = False
 
 
-def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Event) -> None:
+def _watch(running: Sequence[Pack], folder: Path, bar: Bar, figures: Figures, stop: threading.Event) -> None:
     """Turn the workers' logs into progress, and tell where memory made micro-batches smaller."""
     told = {key: _Told() for pack in running for key in pack.jobs}
     seen = 0
+    interrupted = {pack.name: len(interruptions(pack.folder(folder))) for pack in running}  # those of earlier runs too
     while True:
         ended = stop.wait(1.0)
         release_orphaned_groups()  # or the jobs beside a failed one would wait for what it held
         notes = []
         for pack in running:
+            for reason in interruptions(pack.folder(folder))[interrupted[pack.name] :]:
+                interrupted[pack.name] += 1
+                figures.count("ensemble_training_interruptions", reason=reason)
+                console.print(f"{_titles(pack)}: interrupted ({reason})", markup=False)
             for key, job in pack.jobs.items():
                 if (folder / "trained" / key / "result.json").exists():
-                    told[key] = replace(told[key], step=job.steps)
+                    figures.count("ensemble_adapters_trained", int(not told[key].trained))
+                    told[key] = replace(told[key], step=job.steps, trained=True)
                     continue
                 log = pack.log(folder, key)
                 last = read_row((log.read_text().splitlines() or [""])[-1]) if log.exists() else None
@@ -298,6 +320,7 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
                     continue
                 tokens = last.get("batch_tokens")
                 if tokens != told[key].batch_tokens:
+                    figures.count("ensemble_memory_halvings")
                     console.print(
                         f"{job.name}: memory ran out; micro-batches of {tokens} tokens from here", markup=False
                     )
@@ -309,6 +332,10 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
             seen = steps
         if ended:
             return
+
+
+def _titles(pack: Pack) -> str:
+    return ", ".join(job.name for job in pack.jobs.values())
 
 
 def _reason(error: BaseException, demand: _Demand) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError, RunError
@@ -24,7 +24,8 @@ from ray_ensemble.training.loggers import Log, open_loggers
 if TYPE_CHECKING:
     from ray_ensemble.training.parallel import Workers
 
-_MEMORY = "out_of_memory.jsonl"
+_INTERRUPTIONS = "interruptions.jsonl"
+Interruption = Literal["memory", "preemption", "failure"]
 
 
 @dataclass(frozen=True)
@@ -209,15 +210,21 @@ def _keep(
         )
 
 
-def note_out_of_memory(checkpoints: Path) -> None:
-    """Write down that the operating system or Ray killed a worker of this pack for its memory."""
-    jsonl_appender(checkpoints / _MEMORY)({"killed": "out of memory"})
+def note_interruption(checkpoints: Path, reason: Interruption) -> None:
+    """Write down why workers of this pack ended before their time."""
+    jsonl_appender(checkpoints / _INTERRUPTIONS)({"reason": reason})
+
+
+def interruptions(checkpoints: Path) -> list[Interruption]:
+    """Why workers of this pack ended before their time, in order."""
+    file = checkpoints / _INTERRUPTIONS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [row["reason"] for line in lines if (row := read_row(line)) is not None]
 
 
 def within_memory(training: TrainingConfig, checkpoints: Path, device: str) -> TrainingConfig:
     """The settings with micro-batches halved once for every time that a worker on such a device was killed for its memory."""
-    file = checkpoints / _MEMORY
-    kills = len(file.read_text().splitlines()) if file.exists() else 0
+    kills = interruptions(checkpoints).count("memory")
     return training.model_copy(update={"batch_tokens": max(1, training.tokens_of(device) >> kills)})
 
 
