@@ -72,7 +72,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         _print(search_summary(result.folder))
     else:
-        print(f"{options.verb}: done, in {result.folder}")
+        print(f"{options.verb}: done, in {result.url or result.folder}")
     return 0
 
 
@@ -99,12 +99,13 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _weights(options: argparse.Namespace) -> int:
     from ray_ensemble.report import unseen_summary
+    from ray_ensemble.storage import without_settings
     from ray_ensemble.unseen import unseen_weights
 
     if options.examples is not None and options.examples < 0:
         raise InputError(f"--examples {options.examples}: give a number of examples, 0 for none")
     found = unseen_weights(options.run, options.task_folder, options.examples)
-    _print(unseen_summary(found), f"\nwritten: {Path(options.run) / 'unseen' / (found['name'] + '.json')}")
+    _print(unseen_summary(found), f"\nwritten: {without_settings(options.run)}/unseen/{found['name']}.json")
     return 0
 
 

@@ -18,6 +18,7 @@ from ray_ensemble.files import read_json, sha256_file, write_json
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import ray_session
+from ray_ensemble.storage import located
 from ray_ensemble.tasks import SPLITS, EncodedExample, EncodedTask, Task, bare_prompt, encode_task, load_tasks
 from ray_ensemble.version import __version__
 
@@ -264,7 +265,7 @@ class Stages:
         changed = [task.name for task in self.encoded if before.get(task.name) != task.data_hash]
         if changed:
             raise InputError(
-                f"{self.folder.path}: the data of {', '.join(changed)} are not those that this run began with "
+                f"{self.folder.name}: the data of {', '.join(changed)} are not those that this run began with "
                 "(tasks.json has their hashes); restore them or choose another --output"
             )
 
@@ -315,7 +316,8 @@ class Stages:
         from ray_ensemble.gradients import ReplicaSpec
 
         model = self.planned["model"]
-        return ReplicaSpec(self.config.model.source, model["quantization"], str(start), model["pad_id"])
+        adapter = located(self.folder.path, start)
+        return ReplicaSpec(self.config.model.source, model["quantization"], adapter, model["pad_id"])
 
     def size(self, half: str | None = None) -> ModelSize:
         """Parameters of the base and of the adapter, or of its half `lora_A` or `lora_B`, as operations are counted by them."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, sha256_json, write_json
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.runtime import cluster_cpus, cluster_gpus, may_grow, shortfall, watches_preemption
+from ray_ensemble.storage import bring, drop, run_copy, run_of, train_storage
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
@@ -23,6 +25,7 @@ from ray_ensemble.training.packing import packs
 from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
+_LOOK_SECONDS = 5.0  # between looks for logs of workers that do not see the folder
 FAILURES = "failures.json"
 
 
@@ -131,13 +134,14 @@ def _run_all(
         try:
             for future, pack in futures.items():
                 error = future.exception()
+                bring(folder, f"checkpoints/{pack.name}/failed", *(f"trained/{key}" for key in pack.jobs))
                 for key in pack.jobs:
                     if error is not None:
                         failures[key] = _reason(error, demands[key])
                     elif (record := pack.failure(folder, key)).exists():
                         failures[key] = read_json(record, "record of a failure")["reason"]
                 if not failures.keys() & pack.jobs.keys():
-                    shutil.rmtree(pack.folder(folder), ignore_errors=True)
+                    drop(folder, f"checkpoints/{pack.name}")
         finally:
             stop.set()
             watcher.join()
@@ -195,7 +199,7 @@ def _run_one(
             "pack": pack,
             "tasks": members,
             "training": training.model_copy(update={"workers": demand.workers}),
-            "folder": str(folder),
+            "run": run_of(folder),
             "model": model,
             "watched": watches_preemption(),
         },
@@ -205,27 +209,28 @@ def _run_one(
         ),
         run_config=ray.train.RunConfig(
             name=pack.name,
-            storage_path=str((folder / "checkpoints").resolve()),
+            **train_storage(folder),
             failure_config=ray.train.FailureConfig(
                 max_failures=training.max_failures,
                 max_preemption_failures=training.max_preemptions,
                 controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_memory_watch(pack.folder(folder))],
+            callbacks=[_memory_watch(run_of(folder), pack)],
         ),
     )
     trainer.fit()
 
 
-def _memory_watch(checkpoints: Path) -> Any:
+def _memory_watch(run: str, pack: Pack) -> Any:
     """A callback of Ray Train's controller that notes which workers were killed for their memory."""
     from ray.train import UserCallback
 
     class MemoryWatch(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             if any(is_memory_kill(error) for error in worker_exceptions.values()):
-                note_out_of_memory(checkpoints)
+                with run_copy(run, pack.read_by_workers) as copy:
+                    note_out_of_memory(pack.folder(copy.folder))
 
     return MemoryWatch()
 
@@ -248,10 +253,14 @@ class _Told:
 def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Event) -> None:
     """Turn the workers' logs into progress, and tell where memory made micro-batches smaller."""
     told = {key: _Told() for pack in running for key in pack.jobs}
-    seen = 0
+    seen, looked = 0, time.monotonic()
     while True:
         ended = stop.wait(1.0)
         notes = []
+        if time.monotonic() - looked > _LOOK_SECONDS:
+            looked = time.monotonic()
+            with suppress(InputError, RunError):  # the progress of workers elsewhere is late, then
+                bring(folder, *(f"checkpoints/{pack.name}/logs" for pack in running))
         for pack in running:
             for key, job in pack.jobs.items():
                 if (folder / "trained" / key / "result.json").exists():
