@@ -142,7 +142,9 @@ def _submit(options: argparse.Namespace) -> int:
         submission = Submission(options.address, options.attach)
     else:
         if options.output is None:
-            raise InputError("submit: --output is needed, an absolute path that every node of the cluster sees")
+            raise InputError(
+                "submit: --output is needed, a URL or an absolute path that every node of the cluster sees"
+            )
         submission = submit(
             options.job,
             address=options.address,
@@ -201,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         command = verbs.add_parser(verb, help=text, description=text)
         command.add_argument("job", help="the job file (YAML)")
         command.add_argument(
-            "--output", "-o", default=None, help="the run folder (default: runs/<name of the job file>)"
+            "--output", "-o", default=None, help="the run folder, a path or URL (default: runs/<name of the job file>)"
         )
         command.add_argument(
             "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value of the job file"
@@ -250,7 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     submit = verbs.add_parser("submit", help="run a job on a Ray cluster elsewhere, by its job server")
     submit.add_argument("job", nargs="?", default=None, help="the job file; data at relative paths are sent with it")
     submit.add_argument("--address", required=True, help="the job server, such as http://127.0.0.1:8265")
-    submit.add_argument("--output", "-o", default=None, help="the run folder, an absolute path that every node sees")
+    submit.add_argument(
+        "--output", "-o", default=None, help="the run folder, a URL or an absolute path that every node sees"
+    )
     submit.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value of the job file"
     )

@@ -4,6 +4,7 @@ from ray_ensemble.storage.exchange import adapter_copy, bring, drop, located, ru
 from ray_ensemble.storage.lease import StoreLease
 from ray_ensemble.storage.mirror import Mirror
 from ray_ensemble.storage.readers import run_files, status_files
+from ray_ensemble.storage.sources import source_files
 from ray_ensemble.storage.store import Store, Stored, store_at
 from ray_ensemble.storage.url import checked_url, is_safe, is_url, run_place, without_settings
 from ray_ensemble.storage.working_copy import MARKER, WorkingCopy, opened, origin, place_of, refuse_working_copy
@@ -30,6 +31,7 @@ __all__ = [
     "run_files",
     "run_of",
     "run_place",
+    "source_files",
     "status_files",
     "store_at",
     "train_storage",

@@ -7,7 +7,6 @@ what a worker is told to load never changes under it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,10 @@ from typing import Any
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import sha256_file, sha256_json, whole_folder
 from ray_ensemble.storage.mirror import Mirror
-from ray_ensemble.storage.store import Stored, store_at
+from ray_ensemble.storage.sources import bring_new
+from ray_ensemble.storage.store import store_at
 from ray_ensemble.storage.url import is_url
 from ray_ensemble.storage.working_copy import SHARED, origin
-from ray_ensemble.tasks import cache_dir
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -64,14 +63,7 @@ def bring(folder: Path, *below: str) -> None:
     if url is None:
         return
     store = store_at(url)
-    new = {at: about for name in below for at, about in store.list(name).items() if not _is_same(folder / at, about)}
-
-    def get(at: str) -> None:
-        store.get(at, folder / at)
-        if (written := new[at].written) is not None:
-            os.utime(folder / at, ns=(written, written))
-
-    store.each(get, new)
+    bring_new(store, folder, {at: about for name in below for at, about in store.list(name).items()})
 
 
 def drop(folder: Path, name: str) -> None:
@@ -131,6 +123,8 @@ def adapter_copy(adapter: str | Path) -> Path:
         InputError: the store's files are not those that were named.
         RunError: the store does not answer.
     """
+    from ray_ensemble.tasks import cache_dir  # which reads configs, which may name URLs
+
     if not is_url(adapter):
         return Path(adapter)
     url, digest = parts_of(str(adapter))
@@ -158,11 +152,3 @@ def _digest(adapter: Path) -> str:
     if missing:
         raise InputError(f"{adapter / missing[0]}: missing, so that workers cannot be given this adapter")
     return sha256_json({name: sha256_file(adapter / name) for name in ADAPTER_FILES})
-
-
-def _is_same(file: Path, about: Stored) -> bool:
-    try:
-        found = file.stat()
-    except OSError:
-        return False
-    return (found.st_size, found.st_mtime_ns) == (about.size, about.written)

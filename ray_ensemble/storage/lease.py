@@ -8,9 +8,9 @@ age of a heartbeat is told by the store's clock alone, where the store has one.
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -37,8 +37,8 @@ class StoreLease:
         store: of the run folder.
         started: tells when a process of this machine started, None for one that does not run.
         expires: seconds without a heartbeat after which another run may take over.
-        beat: seconds between heartbeats.
-        settle: seconds between writing the lease and reading it back.
+        beat: seconds between heartbeats; `BEAT_SECONDS` by default.
+        settle: seconds between writing the lease and reading it back; `SETTLE_SECONDS` by default.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class StoreLease:
         started: Callable[[int], str | None],
         *,
         expires: float,
-        beat: float = BEAT_SECONDS,
-        settle: float = SETTLE_SECONDS,
+        beat: float | None = None,
+        settle: float | None = None,
     ) -> None:
         self._store, self._started = store, started
-        self._expires, self._beat, self._settle = expires, beat, settle
+        self._expires = expires
+        self._beat = BEAT_SECONDS if beat is None else beat
+        self._settle = SETTLE_SECONDS if settle is None else settle
         self._id = uuid.uuid4().hex
         self._owner = {
             "id": self._id,
@@ -84,19 +86,36 @@ class StoreLease:
         try:
             yield
         except KeyboardInterrupt:
-            self.check()
+            self._end_if_lost()
             raise
         finally:
             stop.set()
             thread.join()
             _HELD.discard(self._id)
             self._release()
-        self.check()
+        self._end_if_lost()
 
-    def check(self) -> None:
-        """Raise `RunError` if another run took the folder over."""
+    def confirm(self) -> None:
+        """Look whether the lease is still there, before something is changed.
+
+        Raises:
+            RunError: another run took the folder over, or the store does not answer.
+        """
+        if self._lost is None:
+            self._judge(self._read())
+        self._end_if_lost()
+
+    def _end_if_lost(self) -> None:
         if self._lost is not None:
             raise RunError(self._lost)
+
+    def _judge(self, held: dict[str, Any] | None) -> bool:
+        """Whether the lease that was read is this one."""
+        if held is not None and held.get("id") == self._id:
+            return True
+        by = f"process {held.get('pid')} on {held.get('host')}" if held else "someone who removed the lease"
+        self._lost = f"{self._store.where('')}: taken over by {by}; this run has ended and left the folder to it"
+        return False
 
     def _release(self) -> None:
         try:
@@ -109,17 +128,15 @@ class StoreLease:
     def _keep(self, stop: threading.Event, interrupts: bool) -> None:
         while not stop.wait(self._beat):
             try:
-                held = self._read()
-                if held is not None and held.get("id") == self._id:
+                if self._judge(self._read()):
                     self._write()
                     continue
             except (InputError, RunError) as error:
                 print(f"{error}; trying again", flush=True)
                 continue
-            by = f"process {held.get('pid')} on {held.get('host')}" if held else "someone who removed the lease"
-            self._lost = f"{self._store.where('')}: taken over by {by}; this run has ended and left the folder to it"
             if interrupts and not stop.is_set():
-                _thread.interrupt_main()  # what it computes now could not be kept
+                # What it computes now could not be kept. A real signal, since it may be waiting for something.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             return
 
     def _refuse_living_owner(self) -> None:

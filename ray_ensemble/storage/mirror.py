@@ -84,15 +84,10 @@ class Mirror:
             return bool(new or gone)
 
     @contextmanager
-    def pushing(self, after: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Push every few seconds within the block, and at its end, also when it ends by an error. After every push that had
-        something to do `after` is called.
-        """
+    def pushing(self, push: Callable[[], object] | None = None) -> Iterator[None]:
+        """Push every few seconds within the block, and at its end, also when it ends by an error, by `push` if given."""
+        push = push or self.push
         stop = threading.Event()
-
-        def push() -> None:
-            if self.push():
-                after()
 
         def run() -> None:
             while not stop.wait(PUSH_SECONDS):

@@ -76,11 +76,13 @@ class Store:
         return f"{shown}/{name}" if name else shown
 
     def path(self, name: str) -> str:
-        """An object's path in `filesystem`.
+        """An object's path in `filesystem`; no name is what the URL itself names.
 
         Raises:
             InputError: the name leads out of the folder.
         """
+        if not name:
+            return str(self.base)
         if not is_safe(name):
             raise InputError(f"{self.where('')}: the object name {name!r} leads out of the folder; it is not used")
         return f"{self.base}/{name}"
@@ -93,10 +95,10 @@ class Store:
         """
         from pyarrow.fs import FileSelector, FileType
 
-        at = self.path(below) if below else self.base
+        at = self.path(below)
         selector = FileSelector(at, recursive=True, allow_not_found=True)
         found = {}
-        for info in self._tried("listed", below, lambda: self.filesystem.get_file_info(selector)):
+        for info in self._tried("listed", below, lambda: self._infos(selector)):
             name = info.path.removeprefix(self.base).removeprefix("/")
             if info.type != FileType.File or (info.base_name.startswith(".") and name.endswith(".tmp")):
                 continue
@@ -173,6 +175,8 @@ class Store:
 
     def delete_below(self, name: str) -> None:
         """Delete all objects below a name."""
+        if not name:
+            raise ValueError("the whole folder is not deleted")
         path = self.path(name)
         try:
             self._tried("deleted", name, lambda: self.filesystem.delete_dir(path))
@@ -197,6 +201,12 @@ class Store:
             finally:
                 for future in futures:
                     future.cancel()
+
+    def _infos(self, selector: Any) -> Any:
+        try:
+            return self.filesystem.get_file_info(selector)
+        except NotADirectoryError:
+            return []  # an object has none below it
 
     def _put(self, name: str, put: Callable[[str], Any], put_here: Callable[[Path], Any]) -> None:
         path = self.path(name)

@@ -41,10 +41,8 @@ def checked_url(url: str) -> str:
         raise InputError(f"{shown}: the URL holds a user or password; {_HOW}")
     query = parse_qsl(parts.query, keep_blank_values=True)
     for key, value in query:
-        if key not in _SETTINGS:
-            raise InputError(
-                f"{shown}: '{key if key.isidentifier() else '…'}' is not taken in a URL (only {', '.join(_SETTINGS)}); {_HOW}"
-            )
+        if key not in _SETTINGS:  # it may be a secret itself
+            raise InputError(f"{shown}: of settings after '?' only {', '.join(_SETTINGS)} are taken; {_HOW}")
         if "@" in value:
             raise InputError(f"{shown}: '{key}' holds a user or password; {_HOW}")
     if parts.fragment:

@@ -20,7 +20,6 @@ from ray_ensemble.storage.lease import LEASE, StoreLease
 from ray_ensemble.storage.mirror import Known, Mirror, clear
 from ray_ensemble.storage.store import Store
 from ray_ensemble.storage.url import checked_url, without_settings
-from ray_ensemble.tasks import cache_dir
 
 MARKER = ".store.json"  # in a working copy: what it is a copy of
 SHARED = "shared"  # adapters that workers load, under the hash of their contents
@@ -53,7 +52,7 @@ class WorkingCopy:
     @contextmanager
     def pushing(self) -> Iterator[None]:
         """Put up what is new while the block runs, and when it ends."""
-        with self._mirror.pushing(after=self._remember):
+        with self._mirror.pushing(self.push):
             yield
 
     def push(self) -> None:
@@ -62,7 +61,7 @@ class WorkingCopy:
         Raises:
             RunError: the store does not answer, or another run took the folder over.
         """
-        self._lease.check()
+        self._lease.confirm()
         if self._mirror.push():
             self._remember()
 
@@ -73,7 +72,7 @@ class WorkingCopy:
 
     def forget(self, manifests: list[str]) -> None:
         """Delete manifests, before anything of their stages is changed."""
-        self._lease.check()
+        self._lease.confirm()
         self.store.delete(manifests)
 
     def refetch(self, name: str) -> bool:
@@ -116,9 +115,16 @@ def opened(url: str, started: Callable[[int], str | None], expires: float) -> It
 
 
 def place_of(url: str) -> Path:
-    """Where copies of what is at a URL are kept on this machine."""
+    """Where copies of a run at a URL are kept on this machine."""
+    return cache_of("runs", checked_url(url))
+
+
+def cache_of(kind: str, url: str) -> Path:
+    """A folder of the cache for what is at a checked URL."""
+    from ray_ensemble.tasks import cache_dir  # which reads configs, which may name URLs
+
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", without_settings(url).rpartition("/")[2])[:40]
-    return cache_dir() / "runs" / f"{name}-{sha256_json(checked_url(url))[:16]}"
+    return cache_dir() / kind / f"{name}-{sha256_json(url)[:16]}"
 
 
 def origin(folder: Path) -> str | None:
