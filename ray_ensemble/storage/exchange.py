@@ -20,7 +20,7 @@ from ray_ensemble.files import sha256_file, sha256_json, whole_folder
 from ray_ensemble.storage.mirror import Mirror
 from ray_ensemble.storage.sources import bring_new
 from ray_ensemble.storage.store import store_at
-from ray_ensemble.storage.url import is_url
+from ray_ensemble.storage.url import is_url, without_settings
 from ray_ensemble.storage.working_copy import SHARED, origin
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -109,11 +109,12 @@ def run_copy(run: str, below: Sequence[str]) -> Iterator[RunCopy]:
         yield RunCopy(Path(run), lambda: None)
         return
     with tempfile.TemporaryDirectory(prefix="ray-ensemble-") as temporary:
-        mirror = Mirror(store_at(run), Path(temporary), lambda name: True)
+        folder = Path(temporary, without_settings(run).rpartition("/")[2])  # some loggers show its name
+        mirror = Mirror(store_at(run), folder, lambda name: True)
         for name in below:
             mirror.pull(lambda found: True, name)
         with mirror.pushing():
-            yield RunCopy(Path(temporary), mirror.push)
+            yield RunCopy(folder, mirror.push)
 
 
 def adapter_copy(adapter: str | Path) -> Path:

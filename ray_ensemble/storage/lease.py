@@ -134,9 +134,11 @@ class StoreLease:
             except (InputError, RunError) as error:
                 print(f"{error}; trying again", flush=True)
                 continue
-            if interrupts and not stop.is_set():
-                # What it computes now could not be kept. A real signal, since it may be waiting for something.
+            while interrupts and not stop.is_set():
+                # What it computes now could not be kept. A real signal, since it may be waiting for something; again, since a
+                # library may have swallowed it.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                stop.wait(BEAT_SECONDS)
             return
 
     def _refuse_living_owner(self) -> None:

@@ -88,7 +88,7 @@ class Store:
         return f"{self.base}/{name}"
 
     def list(self, below: str = "") -> dict[str, Stored]:
-        """All objects below a name, or all there are.
+        """All objects below a name, or the one of that name; or all there are.
 
         Raises:
             InputError: the name of one of them leads out of the folder.
@@ -104,6 +104,8 @@ class Store:
                 continue
             self.path(name)
             found[name] = _stored(info)
+        if not found and below and (about := self.about(below)) is not None:
+            found[below] = about
         return found
 
     def about(self, name: str) -> Stored | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class WorkingCopy:
 
     def open(self) -> None:
         """Bring down what is there."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # what workers had told an earlier run
         marker = _read_marker(self.folder)
         last = self.store.read(_SESSION)
         if marker is None or last is None or json.loads(last).get("id") != marker["session"]:

@@ -229,7 +229,7 @@ def _memory_watch(run: str, pack: Pack) -> Any:
     class MemoryWatch(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             if any(is_memory_kill(error) for error in worker_exceptions.values()):
-                with run_copy(run, pack.read_by_workers) as copy:
+                with run_copy(run, pack.read_by(1)) as copy:
                     note_out_of_memory(pack.folder(copy.folder))
 
     return MemoryWatch()

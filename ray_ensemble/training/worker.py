@@ -43,10 +43,11 @@ class Pack:
         """Where a job's steps are logged while it trains."""
         return self.folder(run) / "logs" / f"{key}.jsonl"
 
-    @property
-    def read_by_workers(self) -> tuple[str, ...]:
-        """Names in the run folder of what an attempt reads of earlier ones, besides checkpoints."""
-        return tuple(f"checkpoints/{self.name}/{name}" for name in ("logs", "failed", _MEMORY))
+    def read_by(self, rank: int) -> tuple[str, ...]:
+        """Names in the run folder of what a worker reads of earlier attempts, besides checkpoints; the first one writes there."""
+        return tuple(
+            f"checkpoints/{self.name}/{name}" for name in (_MEMORY, *(("logs", "failed") if rank == 0 else ()))
+        )
 
     def failure(self, run: Path, key: str) -> Path:
         """Where a job says why it cannot be trained, if that is so: `{"reason": …}`."""
@@ -63,7 +64,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         settings: {"pack", "tasks" (of all its jobs), "training", "run" (what `storage.run_of` gives), "model", "watched" (whether
             Ray Train passes on notices of pre-emption)}.
     """
-    with run_copy(settings["run"], settings["pack"].read_by_workers) as copy:
+    import ray.train
+
+    pack, rank = settings["pack"], ray.train.get_context().get_world_rank()
+    with run_copy(settings["run"], pack.read_by(rank)) as copy:
         _train_pack({**settings, "folder": copy.folder, "send": copy.send})
 
 

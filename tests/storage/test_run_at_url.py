@@ -309,7 +309,10 @@ def test_an_owner_that_was_taken_over_ends_and_writes_nothing_more(s3, monkeypat
     def run() -> None:
         with open_run(s3, job()) as folder:
             finish(folder, "plan")
-            Store(s3).write("lease.json", json.dumps(taker).encode())
+            # The owner may be about to write its heartbeat: a real taker reads back what it wrote, and comes again.
+            while json.loads(Store(s3).read("lease.json"))["id"] != "taker":
+                Store(s3).write("lease.json", json.dumps(taker).encode())
+                time.sleep(0.5 if beat < 1 else 0)
             (folder / "late").write_text("too late")
             time.sleep(30 if beat < 1 else 0)  # is interrupted
             finish(folder, "tasks")
