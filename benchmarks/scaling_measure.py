@@ -291,7 +291,7 @@ def keys_one_by_one(wanted: Sequence[ScoreRequest], config: GradientsConfig) -> 
     """Keys of scores as they were made: all hashes for every request."""
     keys = []
     for request in wanted:
-        adapter = None if request.adapter is None else sha256_file(request.adapter / "adapter_model.safetensors")
+        adapter = None if request.adapter is None else sha256_file(Path(request.adapter) / "adapter_model.safetensors")
         data = split_hash(request.task, request.examples)
         how = {"batch": config.batch_tokens, "threads": config.threads}
         keys.append(sha256_json({"adapter": adapter, "data": data, "base": PROVENANCE, **how})[:16])

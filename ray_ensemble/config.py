@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_ensemble.errors import InputError, nearest
+from ray_ensemble.storage.url import checked_url, is_url
 
 Fraction = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -440,8 +441,8 @@ def flatten(config: JobConfig) -> dict[str, Any]:
 
 
 def _anchored(source: str, base_dir: Path, hub: bool = False) -> str:
-    if source.startswith("pypi:"):
-        return source
+    if source.startswith("pypi:") or is_url(source):
+        return checked_url(source) if is_url(source) else source
     if source.startswith("hf:"):
         local = (base_dir / Path(source[3:]).expanduser()).resolve()
         return f"hf:{local}" if source[3:].startswith((".", "/", "~")) else source

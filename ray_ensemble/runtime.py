@@ -25,7 +25,16 @@ _SETTINGS = {
     "TQDM_DISABLE": "1",  # the libraries' own bars, which do not know when they are in a log
 }
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-_HANDED_ON = ("RAY_ENSEMBLE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
+_HANDED_ON = (
+    "RAY_ENSEMBLE_CACHE",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
 _OBJECT_STORE = 400 * 2**20
 MARKET_TYPE = "ray.io/market-type"  # the label by which a cluster tells its spot nodes from the others
 
@@ -56,6 +65,9 @@ def ray_session(metadata: Mapping[str, str] | None = None) -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(_WATCHER, "0")
     environment = {key: os.environ[key] for key in (*_SETTINGS, _WATCHER, *_HANDED_ON) if key in os.environ}
+    for key, value in environment.items():
+        if "://" in value and "@" in value:  # Ray shows what is handed on
+            raise InputError(f"{key}: holds a user or password; give the address alone")
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
         "log_to_driver": False,

@@ -20,6 +20,7 @@ from ray_ensemble.metrics import FAILED, RUNNING, WAITING, WHOLE, run_figures
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import ray_session
+from ray_ensemble.storage import located
 from ray_ensemble.tasks import SPLITS, EncodedExample, EncodedTask, Task, bare_prompt, encode_task, load_tasks
 from ray_ensemble.version import __version__
 
@@ -54,7 +55,7 @@ class Stages:
             "report": self.report,
         }
         wanted = STAGES[: STAGES.index(last) + 1]
-        with run_figures(self.folder.path.name) as figures:
+        with run_figures(self.folder.name.rpartition("/")[2]) as figures:
             for stage in wanted:
                 figures.stage(stage, WAITING)
             for stage in wanted:
@@ -226,7 +227,7 @@ class Stages:
     def need_ray(self) -> None:
         """Start Ray unless this pass has."""
         if not self._ray:
-            about = metadata(str(self.folder.path), self.config.model.source, str(len(self.encoded)))
+            about = metadata(self.folder.name, self.config.model.source, str(len(self.encoded)))
             self._stack.enter_context(ray_session(about))
             self._ray = True
 
@@ -279,7 +280,7 @@ class Stages:
         changed = [task.name for task in self.encoded if before.get(task.name) != task.data_hash]
         if changed:
             raise InputError(
-                f"{self.folder.path}: the data of {', '.join(changed)} are not those that this run began with "
+                f"{self.folder.name}: the data of {', '.join(changed)} are not those that this run began with "
                 "(tasks.json has their hashes); restore them or choose another --output"
             )
 
@@ -330,7 +331,8 @@ class Stages:
         from ray_ensemble.gradients import ReplicaSpec
 
         model = self.planned["model"]
-        return ReplicaSpec(self.config.model.source, model["quantization"], str(start), model["pad_id"])
+        adapter = located(self.folder.path, start)
+        return ReplicaSpec(self.config.model.source, model["quantization"], adapter, model["pad_id"])
 
     def size(self, half: str | None = None) -> ModelSize:
         """Parameters of the base and of the adapter, or of its half `lora_A` or `lora_B`, as operations are counted by them."""

@@ -6,7 +6,7 @@ Scores are filed under what they depend on (adapter, data, base), so that no sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ray_ensemble.models import (
 from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy, located
 from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
 
 Scores = NDArray[np.float32]
@@ -39,9 +40,12 @@ Scores = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Scores wanted: of the adapter saved in `adapter` (None: the bare base) on `examples` of `task`."""
+    """Scores wanted: of the adapter saved in `adapter` (None: the bare base) on `examples` of `task`.
 
-    adapter: Path | None
+    Workers are told of the adapter as `storage.located` has it.
+    """
+
+    adapter: Path | str | None
     task: EncodedTask
     examples: tuple[EncodedExample, ...]
 
@@ -65,7 +69,7 @@ class ScoringReplica:
         torch.set_num_threads(threads)
         self._device = default_device()
         base = load_base(materialise(spec.source), spec.quantization, self._device)
-        self._model = attach_adapters(base, {"initial": Path(spec.initial_adapter)})
+        self._model = attach_adapters(base, {"initial": adapter_copy(spec.initial_adapter)})
         self._adapters = AdapterSwitch(self._model)
         self._pad_id = spec.pad_id
         self._batch_tokens = batch_tokens
@@ -123,6 +127,11 @@ def score_all(
 
             # Longest first, so that no actor is left with a long unit at the end.
             ordered = dict(sorted(units.items(), key=lambda item: -token_count(item[1])))
+            places = {a: located(folder, a) for a in {r.adapter for r in units.values()} if isinstance(a, Path)}
+            ordered = {
+                name: replace(request, adapter=places[request.adapter]) if request.adapter in places else request
+                for name, request in ordered.items()
+            }
             if config.shards == 1:
                 arguments = (spec, config.threads, config.batch_tokens)
                 actors = PlainActors(ScoringReplica, arguments, config, size)
@@ -141,13 +150,13 @@ def score_paths(
 
     Adapters and examples are many requests' own, and hashed once.
     """
-    adapters: dict[Path | None, str | None] = {None: None}
+    adapters: dict[Path | str | None, str | None] = {None: None}
     data: dict[tuple[str, int], str] = {}  # by the identity of the examples, which the requests hold
     paths = []
     for request in requests:
         adapter, examples = request.adapter, (request.task.name, id(request.examples))
         if adapter is not None and adapter not in adapters:
-            adapters[adapter] = sha256_file(adapter / "adapter_model.safetensors")
+            adapters[adapter] = sha256_file(adapter_copy(adapter) / "adapter_model.safetensors")
         if examples not in data:
             data[examples] = split_hash(request.task, request.examples)
         how = {"batch": config.batch_tokens, "threads": config.threads}

@@ -11,7 +11,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +31,7 @@ from ray_ensemble.models import (
 )
 from ray_ensemble.pool import PoolSize, bundle_of, map_units
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy
 from ray_ensemble.tasks import EncodedExample
 
 Unit = TypeVar("Unit")
@@ -57,7 +57,8 @@ class ShardHolder:
         folder = materialise(spec.source)
         self.layers = split_layers(layer_count(folder), config.shards)[shard]
         self.model = attach_adapters(
-            load_shard(folder, spec.quantization, self.device, self.layers), {"default": Path(spec.initial_adapter)}
+            load_shard(folder, spec.quantization, self.device, self.layers),
+            {"default": adapter_copy(spec.initial_adapter)},
         )
         self._weights = int(sum(p.nbytes for p in self.model.parameters()))
         self._pad_id = spec.pad_id

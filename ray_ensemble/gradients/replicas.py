@@ -28,6 +28,7 @@ from ray_ensemble.models import attach_adapters, default_device, load_base, mate
 from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy
 from ray_ensemble.tasks import EncodedTask
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class GradientReplica:
         torch.set_num_threads(config.threads)
         self._device = default_device()
         base = load_base(materialise(spec.source), spec.quantization, self._device)
-        model = attach_adapters(base, {"default": Path(spec.initial_adapter)})
+        model = attach_adapters(base, {"default": adapter_copy(spec.initial_adapter)})
         projection = Projection(config.dim, config.seed, self._device, config.projection)
         self._collector = GradientCollector(model, projection)
         self._pad_id = spec.pad_id

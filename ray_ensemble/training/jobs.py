@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ray_ensemble.runtime import (
     shortfall,
     watches_preemption,
 )
+from ray_ensemble.storage import bring, drop, run_copy, run_of, train_storage
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
@@ -33,6 +34,7 @@ from ray_ensemble.training.worker import Interruption, Pack, interruptions, note
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
 _ORPHAN_S = 5.0  # for Ray to notice that a failed job's controller is gone
+_LOOK_SECONDS = 5.0  # between looks for logs of workers that do not see the folder
 FAILURES = "failures.json"
 
 
@@ -147,13 +149,14 @@ def _run_all(
         try:
             for future, pack in futures.items():
                 error = future.exception()
+                bring(folder, f"checkpoints/{pack.name}/failed", *(f"trained/{key}" for key in pack.jobs))
                 for key in pack.jobs:
                     if error is not None:
                         failures[key] = _reason(error, demands[key])
                     elif (record := pack.failure(folder, key)).exists():
                         failures[key] = read_json(record, "record of a failure")["reason"]
                 if not failures.keys() & pack.jobs.keys():
-                    shutil.rmtree(pack.folder(folder), ignore_errors=True)
+                    drop(folder, f"checkpoints/{pack.name}")
         finally:
             stop.set()
             watcher.join()
@@ -221,7 +224,7 @@ def _run_one(
             "pack": pack,
             "tasks": members,
             "training": training.model_copy(update={"workers": demand.workers}),
-            "folder": str(folder),
+            "run": run_of(folder),
             "model": model,
             "watched": watches_preemption(),
         },
@@ -231,26 +234,27 @@ def _run_one(
         ),
         run_config=ray.train.RunConfig(
             name=pack.name,
-            storage_path=str((folder / "checkpoints").resolve()),
+            **train_storage(folder),
             failure_config=ray.train.FailureConfig(
                 max_failures=training.max_failures,
                 max_preemption_failures=training.max_preemptions,
                 controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_interruption_watch(pack.folder(folder)), _group_release()],
+            callbacks=[_interruption_watch(run_of(folder), pack), _group_release()],
         ),
     )
     trainer.fit()
 
 
-def _interruption_watch(checkpoints: Path) -> Any:
+def _interruption_watch(run: str, pack: Pack) -> Any:
     """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory."""
     from ray.train import UserCallback
 
     class InterruptionWatch(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            note_interruption(checkpoints, interruption(list(worker_exceptions.values())))
+            with run_copy(run, pack.read_by(1)) as copy:
+                note_interruption(pack.folder(copy.folder), interruption(list(worker_exceptions.values())))
 
     return InterruptionWatch()
 
@@ -298,12 +302,16 @@ class _Told:
 def _watch(running: Sequence[Pack], folder: Path, bar: Bar, figures: Figures, stop: threading.Event) -> None:
     """Turn the workers' logs into progress, and tell where memory made micro-batches smaller."""
     told = {key: _Told() for pack in running for key in pack.jobs}
-    seen = 0
+    seen, looked = 0, time.monotonic()
     interrupted = {pack.name: len(interruptions(pack.folder(folder))) for pack in running}  # those of earlier runs too
     while True:
         ended = stop.wait(1.0)
         release_orphaned_groups()  # or the jobs beside a failed one would wait for what it held
         notes = []
+        if time.monotonic() - looked > _LOOK_SECONDS:
+            looked = time.monotonic()
+            with suppress(InputError, RunError):  # the progress of workers elsewhere is late, then
+                bring(folder, *(name for pack in running for name in pack.told()))
         for pack in running:
             for reason in interruptions(pack.folder(folder))[interrupted[pack.name] :]:
                 interrupted[pack.name] += 1
