@@ -148,7 +148,7 @@ def test_metadata_name_the_run_its_base_and_its_tasks(tmp_path):
     for model, shown, chosen, count in [
         ("./model", "model", tasks, "at least 4"),
         ("a/b", "a/b", tasks[:2], "3"),
-        ("https://me:key@host/m?token=key", "https://host/m", ["hf:a/b"], "1"),
+        ("s3://bucket/m?region=eu-1", "s3://bucket/m", ["hf:a/b"], "1"),
     ]:
         (tmp_path / "job.yaml").write_text(yaml.safe_dump({"model": {"source": model}, "tasks": chosen}))
         folder = tmp_path / f"package-{count}"

@@ -22,7 +22,7 @@ from ray_ensemble.storage import located, run_copy
 from ray_ensemble.tasks import EncodedExample, EncodedTask
 from ray_ensemble.training import jobs
 from ray_ensemble.training.cache import AdapterJob, StartingPoint
-from ray_ensemble.training.worker import Pack, note_out_of_memory, within_memory
+from ray_ensemble.training.worker import Pack, note_interruption, within_memory
 
 CONFIG = JobConfig.model_validate({"model": {"source": "a/b"}, "tasks": ["/data"]})
 EXAMPLE = EncodedExample((1, 2, 3), 0, False)
@@ -95,7 +95,7 @@ def test_a_kill_for_memory_is_known_to_the_next_attempt_on_any_node(s3, monkeypa
     with opened(s3, monkeypatch):
         for kills in (1, 2):
             with run_copy(s3, pack.read_by(1)) as copy:
-                note_out_of_memory(pack.folder(copy.folder))
+                note_interruption(pack.folder(copy.folder), "memory")
             for rank in (0, 1):
                 with run_copy(s3, pack.read_by(rank)) as copy:
                     assert within_memory(training, pack.folder(copy.folder), "cpu").batch_tokens == 256 >> kills
