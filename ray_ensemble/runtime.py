@@ -85,7 +85,8 @@ def ray_session(metadata: Mapping[str, str] | None = None) -> Iterator[None]:
         }
     _start(options)
     try:
-        _refuse_spot_node()
+        if os.environ.get("RAY_ADDRESS"):
+            _refuse_spot_node()
         yield
     finally:
         ray.shutdown()

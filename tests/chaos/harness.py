@@ -31,6 +31,7 @@ from tiny import write_job
 STAGES = ("plan", "tasks", "gradients", "search", "train", "ensemble", "evaluate", "report")
 EVERY = 4  # steps between checkpoints
 RAY = Path(sys.executable).parent / "ray"
+_STARTS = 3
 _NODE_OPTIONS = (f"--object-store-memory={100 * 2**20}", "--min-worker-port=0", "--max-worker-port=0", "--block")
 # What each stage writes, beside its manifest.
 WRITES = {
@@ -68,10 +69,29 @@ def wait_until(what: str, condition: Callable[[], bool], seconds: float = 240.0)
 
 @dataclass
 class Node:
-    """One `ray start` and what it started."""
+    """One `ray start` and what it starts."""
 
-    process: subprocess.Popen[bytes]
+    command: list[object]
+    environment: Mapping[str, str]
     log: Path
+
+    def start(self) -> None:
+        """Start the processes."""
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        """Until it is up. Ray gives a node 30 s, which a busy machine may not keep; then once more."""
+        for _ in range(_STARTS):
+            while self.process.poll() is None:
+                if "Ray runtime started" in self.log.read_text():
+                    return
+                time.sleep(0.1)
+            told = self.log.read_text()
+            self.start()
+        raise AssertionError(told)
 
     def pids(self) -> list[int]:
         """Its processes, workers and all."""
@@ -153,7 +173,7 @@ class Nodes:
             ],
             self._environment,
         )  # fmt: skip
-        wait_until("head", lambda: "Ray runtime started" in _told(self.head))
+        self.head.wait()
         for _ in range(self._wanted):
             self.add(wait=False)
         self.wait_for(1 + self._wanted)
@@ -192,6 +212,8 @@ class Nodes:
 
     def wait_for(self, nodes: int) -> None:
         """Until so many are alive."""
+        for worker in self.workers:
+            worker.wait()
         assert sum(bool(node["alive"]) for node in self.ask("nodes", nodes)) == nodes
 
     def alive(self) -> int:
@@ -214,17 +236,9 @@ class Nodes:
 
     def _start(self, arguments: list[str], environment: Mapping[str, str], prefix: Sequence[str] = ()) -> Node:
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="node-", suffix=".txt", delete=False) as log:
-            process = subprocess.Popen(
-                [*prefix, RAY, "start", *arguments, *_NODE_OPTIONS],
-                env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        return Node(process, Path(log.name))
-
-
-def _told(node: Node) -> str:
-    text = node.log.read_text()
-    assert node.process.poll() is None, text
-    return text
+            node = Node([*prefix, RAY, "start", *arguments, *_NODE_OPTIONS], environment, Path(log.name))
+        node.start()
+        return node
 
 
 @contextmanager
