@@ -3,6 +3,7 @@
     python benchmarks/scaling.py --json scaling.json                # measures what the file lacks, then simulates
     python benchmarks/scaling.py --json scaling.json --only model   # simulates with what it has
     python benchmarks/scaling.py --json scaling.json --again pool store
+    python benchmarks/scaling.py --without-overheads                # what follows from the work alone
 
 `scaling_measure.py` says what is measured and how, `scaling_model.py` what is simulated, and docs/scaling.md what is assumed: the
 speed of the model above all, since there is no GPU here. Efficiency is the GPU seconds that the work needs over GPUs × the
@@ -36,13 +37,18 @@ WAYS = {"before: one worker an adapter, hashes for each score": (1, True), "now:
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="figures; parts that are in it stay")
+    parser.add_argument(
+        "--json", type=Path, default=Path("scaling.json"), metavar="FILE", help="figures; parts that are in it stay"
+    )
     parser.add_argument("--only", nargs="+", choices=[*measure.PARTS, "model"], default=[*measure.PARTS, "model"])
     parser.add_argument("--again", nargs="*", choices=list(measure.PARTS), default=[], help="measure these anew")
     parser.add_argument("--bases", nargs="+", choices=list(model.BASES), default=list(model.BASES))
     parser.add_argument("--tasks", type=int, nargs="+", default=list(TASKS), help="numbers of datasets")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS))
     parser.add_argument("--train", type=int, default=model.Job.train, help="training examples a dataset")
+    parser.add_argument(
+        "--without-overheads", action="store_true", help="simulate without what is measured; measures nothing"
+    )
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
     return parser.parse_args(argv)
 
@@ -77,7 +83,7 @@ def tables(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     cells: dict[str, Any] = {}
     for base in args.bases:
         for way, (workers, before) in WAYS.items():
-            costs = model.Costs.of(found["measured"], before)
+            costs = model.Costs.of(found["measured"], before) if found else model.NO_OVERHEAD
             rows: list[list[str]] = []
             for tasks in args.tasks:
                 job = model.Job(tasks, train=args.train, workers=workers)
@@ -107,6 +113,9 @@ def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ma
 def main(argv: Sequence[str]) -> None:
     """Measure, simulate, print, write."""
     args = arguments(argv)
+    if args.without_overheads:
+        tables({}, args)
+        return
     found = measured(args)
     if "model" in args.only and set(measure.PARTS) - measure.NOT_IN_THE_MODEL <= found["measured"].keys():
         found["model"] = tables(found, args)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -170,6 +170,15 @@ class Costs:
 
 def _line(found: dict[str, float]) -> Line:
     return Line(found["fixed"], found["slope"])
+
+
+_NO_TIME = Power((1.0, 2.0), (0.0, 0.0))
+# No overhead but the loading of bases; the gradient pass is 1.04 times a forward and backward pass (docs/gradients.md).
+NO_OVERHEAD = Costs(
+    handed=Line(0.0), saved=Line(0.0), waiting=0.0, planned=0.0, checked=0.0, assembled=0.0, hashed=0.0, request=0.0,
+    request_task=0.0, request_mb=0.0, request_by_mb=0.0, weights=_NO_TIME, merged=Line(0.0), summarised=0.0,
+    regularization=_NO_TIME, affinity=_NO_TIME, trial=_NO_TIME, tuned=Line(0.0), actor=0.0, job=0.0, gradient=2.08,
+)  # fmt: skip
 
 
 # Schedules ------------------------------------------------------------------------------------------------------------------
@@ -357,9 +366,3 @@ def evaluate(job: Job, base: Base, gpus: int, costs: Costs) -> Stage:
     adapters = job.m + 1 + job.tasks  # the merged ones are each dataset's own
     serial = _requests(job, base, costs, 3 + job.used, adapters) + job.tasks * costs.summarised
     return _pooled("evaluate", units, gpus, base, costs, costs.handed.fixed + costs.saved.fixed, serial)
-
-
-def ideal(job: Job, base: Base, gpus: int, costs: Costs) -> float:
-    """Seconds without any overhead, were all work divisible."""
-    nothing = replace(costs, handed=Line(0.0), saved=Line(0.0), waiting=0.0, merged=Line(0.0), actor=0.0, job=0.0)
-    return sum(stage.work for stage in simulate(job, base, gpus, nothing).stages) / gpus

@@ -18,15 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import scaling
 import scaling_measure
 import scaling_model as model
-from scaling_model import BASES, Costs, Job, Line, Power, jobs_seconds, pool_seconds
+from scaling_model import BASES, NO_OVERHEAD, Costs, Job, Line, Power, jobs_seconds, pool_seconds
 
-NOTHING = Power((1.0, 2.0), (0.0, 0.0))
-FREE = Costs(
-    handed=Line(0.0), saved=Line(0.0), waiting=0.0, planned=0.0, checked=0.0, assembled=0.0, hashed=0.0, request=0.0,
-    request_task=0.0, request_mb=0.0, request_by_mb=0.0,
-    weights=NOTHING, merged=Line(0.0), summarised=0.0, regularization=NOTHING, affinity=NOTHING, trial=NOTHING,
-    tuned=Line(0.0), actor=0.0, job=0.0, gradient=2.0,
-)  # fmt: skip
+FREE = NO_OVERHEAD
 INSTANT = replace(BASES["1B"], load=0.0)
 
 units = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=40)
@@ -84,7 +78,6 @@ def test_the_work_is_that_of_the_job():
     assert work["ensemble"] == pytest.approx(10 * 3 * 100)
     assert work["evaluate"] == pytest.approx(10 * 6 * 200)
     assert work["search"] == 0
-    assert model.ideal(job, INSTANT, 4, FREE) == pytest.approx(sum(work.values()) * job.tokens / per_second / 4)
 
 
 def test_what_the_driver_does_alone_is_amdahls_limit():
