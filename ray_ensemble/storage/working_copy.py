@@ -42,14 +42,17 @@ class WorkingCopy:
         """Bring down what is there."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # what workers had told an earlier run
         marker = _read_marker(self.folder)
-        last = self.store.read(_SESSION)
-        if marker is None or last is None or json.loads(last).get("id") != marker["session"]:
+        if marker is None or self.store.read(_SESSION) != _session(marker["session"]):
             clear(self.folder)
         else:
             self._mirror.known = {name: (size, time) for name, (size, time) in marker["files"].items()}
         self._mirror.pull(_is_pulled)
+        there = self.store.list("manifests")
+        for manifest in (self.folder / "manifests").glob("*.json"):
+            if f"manifests/{manifest.name}" not in there:  # a kill came between the two
+                manifest.unlink()
         self._remember()
-        self.store.write(_SESSION, json.dumps({"id": self._session}).encode())
+        self.store.write(_SESSION, _session(self._session))
 
     @contextmanager
     def pushing(self) -> Iterator[None]:
@@ -140,6 +143,10 @@ def refuse_working_copy(folder: Path) -> None:
     url = origin(folder)
     if url is not None:
         raise InputError(f"{folder}: is a copy of {without_settings(url)} and goes with it; give the URL")
+
+
+def _session(identity: str) -> bytes:
+    return json.dumps({"id": identity}).encode()
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:

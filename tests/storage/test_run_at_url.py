@@ -81,7 +81,8 @@ def test_the_manifest_comes_last(url, monkeypatch):
     assert put.index("x/weights.bin") < put.index("x/adapter_config.json") < put.index("x/result.json")
 
 
-def test_a_kill_between_files_and_manifest_leaves_the_stage_not_whole(url, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_kill_between_files_and_manifest_leaves_the_stage_not_whole(url, monkeypatch, elsewhere):
     with open_run(url, job()) as folder:
         finish(folder, "plan")
 
@@ -96,7 +97,9 @@ def test_a_kill_between_files_and_manifest_leaves_the_stage_not_whole(url, monke
         finish(folder, "tasks")
     monkeypatch.setattr(Store, "put", original)
     assert "tasks/out.bin" in Store(url).list()
-    drop_copies()
+    assert "manifests/tasks.json" not in Store(url).list()
+    if elsewhere:
+        drop_copies()
     with open_run(url, job()) as folder:
         assert whole(folder) == ["plan"]
         assert (folder / "tasks" / "out.bin").is_file()  # and what was finished is not lost
@@ -107,6 +110,24 @@ def test_manifests_go_before_anything_of_their_stages_is_changed(url):
         finish(folder, *STAGES)
         folder.forget_from("train")
         assert sorted(Store(url).list("manifests")) == sorted(f"manifests/{stage}.json" for stage in STAGES[:4])
+
+
+def test_a_kill_after_a_manifest_was_deleted_leaves_the_stage_not_whole(url, monkeypatch):
+    with open_run(url, job()) as folder:
+        finish(folder, *STAGES)
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    def forget() -> None:
+        with monkeypatch.context() as patch, open_run(url, job()) as folder:
+            patch.setattr(Path, "unlink", killed)
+            folder.forget_from("train")
+
+    with pytest.raises(KeyboardInterrupt):
+        forget()
+    with open_run(url, job()) as folder:
+        assert whole(folder) == list(STAGES[:4])
 
 
 def test_redo_and_other_jobs_as_in_a_folder(url):
