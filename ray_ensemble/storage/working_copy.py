@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_ensemble.errors import InputError
+from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import sha256_json, write_json
 from ray_ensemble.storage.lease import LEASE, StoreLease
 from ray_ensemble.storage.mirror import Known, Mirror, clear
@@ -37,6 +38,7 @@ class WorkingCopy:
         self.store, self.folder, self._lease = store, folder, lease
         self._session = uuid.uuid4().hex
         self._mirror = Mirror(store, folder, _is_pushed)
+        self._pushing = threading.Lock()
 
     def open(self) -> None:
         """Bring down what is there."""
@@ -66,9 +68,14 @@ class WorkingCopy:
         Raises:
             RunError: the store does not answer, or another run took the folder over.
         """
-        self._lease.confirm()
-        if self._mirror.push():
-            self._remember()
+        with self._pushing:
+            self._lease.confirm()
+            if not (self.folder / MARKER).is_file():  # else all would be taken for deleted
+                raise RunError(
+                    f"{self.folder}: was removed while the run is open; {self.store.where('')} keeps what it has"
+                )
+            if self._mirror.push():
+                self._remember()
 
     def finish(self, manifest: str) -> None:
         """Put up what is new, and then the manifest that makes it whole."""

@@ -223,6 +223,18 @@ def test_what_a_killed_run_had_not_put_up_is_kept_unless_another_was_there(url):
         assert not (folder / "scores" / "stale.npy").exists()
 
 
+def test_a_copy_that_is_removed_under_an_open_run_takes_nothing_along(url):
+    def run() -> None:
+        with open_run(url, job()) as folder:
+            finish(folder, "plan", "tasks")
+            shutil.rmtree(folder.path)
+
+    with pytest.raises(RunError, match="was removed while the run is open"):
+        run()
+    with open_run(url, job()) as folder:
+        assert whole(folder) == ["plan", "tasks"]
+
+
 def test_a_folder_with_other_things_is_refused(url):
     Store(url).write("thesis.tex", b"")
     with pytest.raises(InputError, match="not a run folder"), open_run(url, job()):
@@ -401,3 +413,21 @@ def test_what_a_worker_writes_comes_to_the_driver(url, tmp_path):
         assert not (folder / "checkpoints").exists()
     with run_copy(str(tmp_path), []) as copy:
         assert copy.folder == tmp_path
+
+
+def test_a_lease_that_is_written_all_the_time_is_never_taken_for_lost(s3):
+    """Heartbeats as fast as they go, while the main thread looks."""
+    store = Store(s3)
+    lease = a_lease(store, beat=0.001)
+    with lease.held():
+        for _ in range(150):
+            lease.confirm()
+
+
+def test_a_lease_that_was_removed_ends_the_run(s3, monkeypatch):
+    monkeypatch.setattr(lease_module, "_LOOKS", (0.0, 0.01))
+    lease = a_lease(Store(s3), beat=100.0)
+    with pytest.raises(RunError, match="removed the lease"), lease.held():  # noqa: PT012
+        lease.confirm()
+        Store(s3).delete(["lease.json"])
+        lease.confirm()
