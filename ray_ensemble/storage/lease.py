@@ -179,15 +179,22 @@ class StoreLease:
         )
 
     def _write(self) -> None:
-        self._store.write(LEASE, json.dumps({**self._owner, "heartbeat": time.time()}, indent=2).encode())
+        # Whole seconds, so that all heartbeats have one length: a reader that asks for the length first must not get half of one.
+        self._store.write(LEASE, json.dumps({**self._owner, "heartbeat": int(time.time())}, indent=2).encode())
 
     def _read(self) -> dict[str, Any] | None:
-        data = self._store.read(LEASE)
-        try:
-            held = json.loads(data) if data else None
-        except ValueError:
-            return None
-        return held if isinstance(held, dict) else None
+        """The lease that is there. One that cannot be read is looked at again: another length may just have taken its place."""
+        for pause in _LOOKS:
+            time.sleep(pause)
+            data = self._store.read(LEASE)
+            if data is None:
+                return None
+            try:
+                held = json.loads(data)
+            except ValueError:
+                continue
+            return held if isinstance(held, dict) else None
+        return None
 
 
 def _machine() -> str | None:
