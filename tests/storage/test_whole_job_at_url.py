@@ -106,9 +106,11 @@ def test_the_same_as_in_a_folder_and_nothing_again(s3, whole_job, finished_run, 
     assert (tmp_path / "exported" / "adapters" / "group-0" / "adapter_model.safetensors").is_file()
     answers = []
     for run in (s3, str(finished_run)):
-        capsys.readouterr()
-        assert main(["predict", run, "--task", "options", "--input", str(rows)]) == 0
-        answers.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("{")])
+        # In a process of its own, whose cluster has the environment of this test.
+        command = [sys.executable, "-m", "ray_ensemble.cli", "predict", run, "--task", "options", "--input", str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        answers.append([line for line in done.stdout.splitlines() if line.startswith("{")])
     assert answers[0] == answers[1]
     assert len(answers[0]) == 10
     assert not (place_of(s3) / "work").exists()
