@@ -26,6 +26,7 @@ from ray_ensemble.storage.store import Store
 LEASE = "lease.json"
 BEAT_SECONDS = 10.0
 SETTLE_SECONDS = 2.0
+_LOOKS = (0.0, 0.5, 1.0)  # seconds before each look for a lease that seems to have gone
 _NANOSECOND = 1e-9
 _HELD: set[str] = set()  # ids of the leases that this process holds
 
@@ -63,6 +64,7 @@ class StoreLease:
             "started": started(os.getpid()),
         }
         self._lost: str | None = None
+        self._own = threading.Lock()  # nobody looks while the heartbeat is written
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -101,16 +103,23 @@ class StoreLease:
         Raises:
             RunError: another run took the folder over, or the store does not answer.
         """
-        if self._lost is None:
-            self._judge(self._read())
+        with self._own:
+            self._is_ours()
         self._end_if_lost()
 
     def _end_if_lost(self) -> None:
         if self._lost is not None:
             raise RunError(self._lost)
 
-    def _judge(self, held: dict[str, Any] | None) -> bool:
-        """Whether the lease that was read is this one."""
+    def _is_ours(self) -> bool:
+        """Whether the lease is this one; it is not once it was another's."""
+        if self._lost is not None:
+            return False
+        for pause in _LOOKS:
+            time.sleep(pause)
+            held = self._read()
+            if held is not None:  # a store that moves objects into place may have none for a moment
+                break
         if held is not None and held.get("id") == self._id:
             return True
         by = f"process {held.get('pid')} on {held.get('host')}" if held else "someone who removed the lease"
@@ -128,9 +137,10 @@ class StoreLease:
     def _keep(self, stop: threading.Event, interrupts: bool) -> None:
         while not stop.wait(self._beat):
             try:
-                if self._judge(self._read()):
-                    self._write()
-                    continue
+                with self._own:
+                    if self._is_ours():
+                        self._write()
+                        continue
             except (InputError, RunError) as error:
                 print(f"{error}; trying again", flush=True)
                 continue
@@ -169,15 +179,22 @@ class StoreLease:
         )
 
     def _write(self) -> None:
-        self._store.write(LEASE, json.dumps({**self._owner, "heartbeat": time.time()}, indent=2).encode())
+        # Whole seconds, so that all heartbeats have one length: a reader that asks for the length first must not get half of one.
+        self._store.write(LEASE, json.dumps({**self._owner, "heartbeat": int(time.time())}, indent=2).encode())
 
     def _read(self) -> dict[str, Any] | None:
-        data = self._store.read(LEASE)
-        try:
-            held = json.loads(data) if data else None
-        except ValueError:
-            return None
-        return held if isinstance(held, dict) else None
+        """The lease that is there. One that cannot be read is looked at again: another length may just have taken its place."""
+        for pause in _LOOKS:
+            time.sleep(pause)
+            data = self._store.read(LEASE)
+            if data is None:
+                return None
+            try:
+                held = json.loads(data)
+            except ValueError:
+                continue
+            return held if isinstance(held, dict) else None
+        return None
 
 
 def _machine() -> str | None:

@@ -80,6 +80,10 @@ class Mirror:
             for wave in range(3):
                 self.store.each(lambda name: self._put(name, here[name]), [n for n in new if _wave(n) == wave])
             gone = [name for name in self.known if name not in here and self._pushed(name)]
+            if gone and not self.folder.is_dir():
+                raise RunError(
+                    f"{self.folder}: was removed while it was in use; {self.store.where('')} keeps what it has"
+                )
             self._delete(gone)
             return bool(new or gone)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_ensemble.errors import InputError
+from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import sha256_json, write_json
 from ray_ensemble.storage.lease import LEASE, StoreLease
 from ray_ensemble.storage.mirror import Known, Mirror, clear
@@ -37,19 +38,23 @@ class WorkingCopy:
         self.store, self.folder, self._lease = store, folder, lease
         self._session = uuid.uuid4().hex
         self._mirror = Mirror(store, folder, _is_pushed)
+        self._pushing = threading.Lock()
 
     def open(self) -> None:
         """Bring down what is there."""
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # what workers had told an earlier run
         marker = _read_marker(self.folder)
-        last = self.store.read(_SESSION)
-        if marker is None or last is None or json.loads(last).get("id") != marker["session"]:
+        if marker is None or self.store.read(_SESSION) != _session(marker["session"]):
             clear(self.folder)
         else:
             self._mirror.known = {name: (size, time) for name, (size, time) in marker["files"].items()}
         self._mirror.pull(_is_pulled)
+        there = self.store.list("manifests")
+        for manifest in (self.folder / "manifests").glob("*.json"):
+            if f"manifests/{manifest.name}" not in there:  # a kill came between the two
+                manifest.unlink()
         self._remember()
-        self.store.write(_SESSION, json.dumps({"id": self._session}).encode())
+        self.store.write(_SESSION, _session(self._session))
 
     @contextmanager
     def pushing(self) -> Iterator[None]:
@@ -63,9 +68,14 @@ class WorkingCopy:
         Raises:
             RunError: the store does not answer, or another run took the folder over.
         """
-        self._lease.confirm()
-        if self._mirror.push():
-            self._remember()
+        with self._pushing:
+            self._lease.confirm()
+            if not (self.folder / MARKER).is_file():  # else all would be taken for deleted
+                raise RunError(
+                    f"{self.folder}: was removed while the run is open; {self.store.where('')} keeps what it has"
+                )
+            if self._mirror.push():
+                self._remember()
 
     def finish(self, manifest: str) -> None:
         """Put up what is new, and then the manifest that makes it whole."""
@@ -140,6 +150,10 @@ def refuse_working_copy(folder: Path) -> None:
     url = origin(folder)
     if url is not None:
         raise InputError(f"{folder}: is a copy of {without_settings(url)} and goes with it; give the URL")
+
+
+def _session(identity: str) -> bytes:
+    return json.dumps({"id": identity}).encode()
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:

@@ -81,7 +81,8 @@ def test_the_manifest_comes_last(url, monkeypatch):
     assert put.index("x/weights.bin") < put.index("x/adapter_config.json") < put.index("x/result.json")
 
 
-def test_a_kill_between_files_and_manifest_leaves_the_stage_not_whole(url, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_kill_between_files_and_manifest_leaves_the_stage_not_whole(url, monkeypatch, elsewhere):
     with open_run(url, job()) as folder:
         finish(folder, "plan")
 
@@ -96,7 +97,9 @@ def test_a_kill_between_files_and_manifest_leaves_the_stage_not_whole(url, monke
         finish(folder, "tasks")
     monkeypatch.setattr(Store, "put", original)
     assert "tasks/out.bin" in Store(url).list()
-    drop_copies()
+    assert "manifests/tasks.json" not in Store(url).list()
+    if elsewhere:
+        drop_copies()
     with open_run(url, job()) as folder:
         assert whole(folder) == ["plan"]
         assert (folder / "tasks" / "out.bin").is_file()  # and what was finished is not lost
@@ -107,6 +110,24 @@ def test_manifests_go_before_anything_of_their_stages_is_changed(url):
         finish(folder, *STAGES)
         folder.forget_from("train")
         assert sorted(Store(url).list("manifests")) == sorted(f"manifests/{stage}.json" for stage in STAGES[:4])
+
+
+def test_a_kill_after_a_manifest_was_deleted_leaves_the_stage_not_whole(url, monkeypatch):
+    with open_run(url, job()) as folder:
+        finish(folder, *STAGES)
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    def forget() -> None:
+        with monkeypatch.context() as patch, open_run(url, job()) as folder:
+            patch.setattr(Path, "unlink", killed)
+            folder.forget_from("train")
+
+    with pytest.raises(KeyboardInterrupt):
+        forget()
+    with open_run(url, job()) as folder:
+        assert whole(folder) == list(STAGES[:4])
 
 
 def test_redo_and_other_jobs_as_in_a_folder(url):
@@ -200,6 +221,18 @@ def test_what_a_killed_run_had_not_put_up_is_kept_unless_another_was_there(url):
     with open_run(url, job()) as folder:
         assert whole(folder) == ["plan", "tasks"]
         assert not (folder / "scores" / "stale.npy").exists()
+
+
+def test_a_copy_that_is_removed_under_an_open_run_takes_nothing_along(url):
+    def run() -> None:
+        with open_run(url, job()) as folder:
+            finish(folder, "plan", "tasks")
+            shutil.rmtree(folder.path)
+
+    with pytest.raises(RunError, match="was removed while the run is open"):
+        run()
+    with open_run(url, job()) as folder:
+        assert whole(folder) == ["plan", "tasks"]
 
 
 def test_a_folder_with_other_things_is_refused(url):
@@ -380,3 +413,44 @@ def test_what_a_worker_writes_comes_to_the_driver(url, tmp_path):
         assert not (folder / "checkpoints").exists()
     with run_copy(str(tmp_path), []) as copy:
         assert copy.folder == tmp_path
+
+
+def test_a_lease_that_is_written_all_the_time_is_never_taken_for_lost(s3):
+    """Heartbeats as fast as they go, while the main thread looks."""
+    store = Store(s3)
+    lease = a_lease(store, beat=0.001)
+    with lease.held():
+        for _ in range(150):
+            lease.confirm()
+
+
+def test_an_owner_is_seen_whatever_moment_it_is_looked_at(s3, monkeypatch):
+    """Stores are asked for a length first and then for the bytes; leases of other lengths come in between."""
+    monkeypatch.setattr(lease_module, "_LOOKS", (0.0, 0.02, 0.1))
+    store, stop = Store(s3), threading.Event()
+    held = {"host": "h", "machine": "m", "pid": 1, "started": "1", "heartbeat": 1}
+    store.write("lease.json", json.dumps(held).encode())
+
+    def write() -> None:
+        size = 0
+        while not stop.is_set():
+            size = (size * 7 + 1) % 50
+            store.write("lease.json", json.dumps({**held, "host": "h" * size}).encode())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(150):
+            assert a_lease(store)._read() is not None
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_a_lease_that_was_removed_ends_the_run(s3, monkeypatch):
+    monkeypatch.setattr(lease_module, "_LOOKS", (0.0, 0.01))
+    lease = a_lease(Store(s3), beat=100.0)
+    with pytest.raises(RunError, match="removed the lease"), lease.held():  # noqa: PT012
+        lease.confirm()
+        Store(s3).delete(["lease.json"])
+        lease.confirm()

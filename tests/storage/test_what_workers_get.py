@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray.train.torch
+import torch
 from ray import cloudpickle
 
 from ray_ensemble.config import GradientsConfig, JobConfig
@@ -17,11 +19,11 @@ from ray_ensemble.ensemble import scoring
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.pool import PoolSize
 from ray_ensemble.run_folder import RunFolder, open_run
+from ray_ensemble.storage import bring, drop, located, run_copy, run_of
 from ray_ensemble.storage import lease as lease_module
-from ray_ensemble.storage import located, run_copy
 from ray_ensemble.tasks import EncodedExample, EncodedTask
 from ray_ensemble.training import jobs
-from ray_ensemble.training.cache import AdapterJob, StartingPoint
+from ray_ensemble.training.cache import AdapterJob, StartingPoint, finished
 from ray_ensemble.training.worker import Pack, note_interruption, within_memory
 
 CONFIG = JobConfig.model_validate({"model": {"source": "a/b"}, "tasks": ["/data"]})
@@ -86,6 +88,42 @@ def test_scoring_actors(s3, monkeypatch):
             scoring.score_all(requests, spec, GradientsConfig(), {}, folder.path, "scores")
         assert {request.adapter for request in sent[0][1].values()} == {located(folder.path, adapter), None}
         assert_clean(sent, folder)
+
+
+@pytest.mark.slow
+def test_a_training_worker_hands_back_its_adapter_and_its_log(s3, monkeypatch, tiny_model, task_folder):
+    """In Ray Train's local mode, which has no cluster; then a second attempt, on a node that has nothing of the first."""
+    from ray_ensemble.config import TaskConfig, TrainingConfig
+    from ray_ensemble.models import draw_initial_adapter, load_base, load_tokenizer
+    from ray_ensemble.tasks import encode_task, load_tasks
+    from ray_ensemble.training.worker import train_worker
+
+    tasks = load_tasks([TaskConfig(source=str(task_folder / "films"))], CONFIG.limits, task_folder)
+    encoded = encode_task(tasks[0], load_tokenizer(tiny_model), 64)
+    with opened(s3, monkeypatch) as (folder, adapter):
+        draw_initial_adapter(load_base(tiny_model, "none", torch.device("cpu")), CONFIG.adapter, adapter)
+        start = located(folder.path, adapter)
+        pack = Pack("key", {"key": AdapterJob("group-0", ("films",), 6, 0)})
+        settings = {
+            "pack": pack,
+            "tasks": [encoded],
+            "training": TrainingConfig(checkpoint_every=2),
+            "run": run_of(folder.path),
+            "model": {"source": str(tiny_model), "quantization": "none", "initial_adapter": start, "pad_id": 0},
+            "watched": False,
+        }
+        for _ in range(2):
+            ray.train.torch.TorchTrainer(
+                train_worker, train_loop_config=settings, scaling_config=ray.train.ScalingConfig(num_workers=0)
+            ).fit()
+            assert finished(folder.path, "key") is None
+            bring(folder.path, "trained/key", "checkpoints/key/logs")
+            trained = finished(folder.path, "key")
+            assert trained is not None
+            assert trained.steps == 6
+            log = pack.log(folder.path, "key")
+            assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(6))
+            drop(folder.path, "trained")
 
 
 def test_a_kill_for_memory_is_known_to_the_next_attempt_on_any_node(s3, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,9 +106,11 @@ def test_the_same_as_in_a_folder_and_nothing_again(s3, whole_job, finished_run, 
     assert (tmp_path / "exported" / "adapters" / "group-0" / "adapter_model.safetensors").is_file()
     answers = []
     for run in (s3, str(finished_run)):
-        capsys.readouterr()
-        assert main(["predict", run, "--task", "options", "--input", str(rows)]) == 0
-        answers.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("{")])
+        # In a process of its own, whose cluster has the environment of this test.
+        command = [sys.executable, "-m", "ray_ensemble.cli", "predict", run, "--task", "options", "--input", str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        answers.append([line for line in done.stdout.splitlines() if line.startswith("{")])
     assert answers[0] == answers[1]
     assert len(answers[0]) == 10
     assert not (place_of(s3) / "work").exists()
@@ -189,44 +192,43 @@ def test_a_new_cluster_goes_on_without_doing_anything_twice(s3, longer_job, tmp_
 @pytest.fixture
 def blind_node(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A cluster whose head has no CPUs and whose one node does not see a folder: its address, and the folder."""
-    hidden = tmp_path / "seen by the driver alone"
+    hidden = tmp_path / "hidden"
     hidden.mkdir()
     tried = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", str(hidden)]
     if subprocess.run(tried, capture_output=True, check=False).returncode:
         pytest.skip("no mount namespaces here")
-    ray = str(Path(sys.executable).parent / "ray")
-    port = 6399
-    environment = {**os.environ, "RAY_TMPDIR": "/tmp", "RAY_AUTH_MODE": "disabled"}
-    head = [ray, "start", "--head", f"--port={port}", "--num-cpus=0", "--dashboard-host=127.0.0.1", "--dashboard-port=0",
-            f"--object-store-memory={200 * 2**20}", "--block"]  # fmt: skip
-    node = [
-        ray,
-        "start",
-        f"--address=127.0.0.1:{port}",
-        "--num-cpus=2",
-        f"--object-store-memory={200 * 2**20}",
-        "--block",
-    ]
-    blind = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs tmpfs "{hidden}" && exec "$@"', "sh", *node]
-    processes = [subprocess.Popen(head, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--node-ip-address=127.0.0.1", "--block",
+             f"--object-store-memory={100 * 2**20}"]  # fmt: skip
+    head = [*start, "--head", "--num-cpus=0", f"--port={address.rpartition(':')[2]}", "--dashboard-host=127.0.0.1",
+            "--dashboard-port=0", f"--temp-dir=/tmp/ray-blind-{os.getpid()}"]  # fmt: skip
+    node = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs tmpfs "{hidden}" && exec "$@"', "sh"]
+    node += [*start, f"--address={address}", "--num-cpus=2"]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        time.sleep(10)
-        processes.append(subprocess.Popen(blind, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        time.sleep(8)
-        assert all(process.poll() is None for process in processes)
-        yield f"127.0.0.1:{port}", hidden
+        for name, command in (("head", head), ("node", node)):
+            log = tmp_path / f"{name}.txt"
+            with log.open("w") as stream:
+                processes.append(subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT))
+            deadline = time.monotonic() + 120
+            while "Ray runtime started" not in log.read_text():
+                assert processes[-1].poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+        yield address, hidden
     finally:
         for process in reversed(processes):
             process.terminate()
-            process.wait(30)
+            process.wait(60)
 
 
 def test_workers_see_nothing_of_the_drivers_disk(s3, whole_job, finished_run, blind_node, tmp_path):
     """Actors and training workers run on a node to which the driver's copy of the run is an empty folder."""
     address, hidden = blind_node
     told = Driver(
-        whole_job, s3, tmp_path / "log.txt", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled",
-        RAY_ENSEMBLE_CACHE=str(hidden), XDG_CACHE_HOME=str(tmp_path),
+        whole_job, s3, tmp_path / "log.txt", RAY_ADDRESS=address, RAY_ENSEMBLE_CACHE=str(hidden)
     ).finish()  # fmt: skip
     assert "report" in told
     assert (hidden / "runs").is_dir()
