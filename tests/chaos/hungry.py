@@ -47,6 +47,7 @@ def main(source: Path, folder: Path) -> None:
     from ray_ensemble.config import JobConfig, ModelConfig, TaskConfig
     from ray_ensemble.gradients import ReplicaSpec
     from ray_ensemble.training import train_adapters
+    from ray_ensemble.training.worker import interruptions
 
     job, training = job_and_settings()
     config = JobConfig(
@@ -58,8 +59,8 @@ def main(source: Path, folder: Path) -> None:
     def count() -> None:
         nonlocal kills
         while True:
-            for notes in folder.glob("checkpoints/*/out_of_memory.jsonl"):
-                kills = max(kills, len(notes.read_text().splitlines()))
+            for checkpoints in folder.glob("checkpoints/*"):
+                kills = max(kills, interruptions(checkpoints).count("memory"))
             time.sleep(0.1)
 
     threading.Thread(target=count, daemon=True).start()
