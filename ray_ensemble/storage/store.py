@@ -6,6 +6,7 @@ under a temporary name that is then moved. What looks transient is tried again a
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import whole_file
@@ -23,6 +25,8 @@ from ray_ensemble.storage.url import checked_url, is_safe, without_settings
 PARALLEL = 16  # transfers at once: each mostly waits for the network
 _TRIES = 4
 _PAUSE_S = 1.0  # before the second try; doubled from then on
+_S3_WAIT_S = 15.0  # without a byte from S3, until one of its client's attempts is given up
+_S3_ATTEMPTS = 2  # that the client makes in one of our tries; by itself it would make ten, which takes minutes
 _ATOMIC = ("s3", "gcs", "abfs")  # by pyarrow's type_name: a put object is there whole, or not at all
 _REFUSED = (
     "NO_SUCH_BUCKET",
@@ -287,4 +291,24 @@ def _resolve(url: str) -> tuple[Any, str]:
                 f"{without_settings(url)}: neither pyarrow nor fsspec opens '{scheme}' here ({_cause(missing)})"
             ) from None
         filesystem = PyFileSystem(FSSpecHandler(found))
+    if filesystem.type_name == "s3":
+        filesystem = _s3(url, filesystem.region)
     return filesystem, path.rstrip("/")
+
+
+def _s3(url: str, region: str) -> Any:
+    """S3 as the URL's settings and the environment have it, with waits that end in reasonable time."""
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+
+    settings = dict(parse_qsl(url.partition("?")[2]))
+    endpoint = settings.get("endpoint_override")
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        endpoint = endpoint or os.environ.get(name)
+    return S3FileSystem(
+        region=region,
+        endpoint_override=endpoint or None,
+        scheme=settings.get("scheme", "https"),
+        connect_timeout=_S3_WAIT_S,
+        request_timeout=_S3_WAIT_S,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+    )

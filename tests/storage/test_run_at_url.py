@@ -426,7 +426,7 @@ def test_a_lease_that_is_written_all_the_time_is_never_taken_for_lost(s3):
 
 def test_an_owner_is_seen_whatever_moment_it_is_looked_at(s3, monkeypatch):
     """Stores are asked for a length first and then for the bytes; leases of other lengths come in between."""
-    monkeypatch.setattr(lease_module, "_LOOKS", (0.0, 0.02, 0.1))
+    monkeypatch.setattr(lease_module, "_LOOKS", (0.0, *[0.05] * 5))
     store, stop = Store(s3), threading.Event()
     held = {"host": "h", "machine": "m", "pid": 1, "started": "1", "heartbeat": 1}
     store.write("lease.json", json.dumps(held).encode())
@@ -436,6 +436,7 @@ def test_an_owner_is_seen_whatever_moment_it_is_looked_at(s3, monkeypatch):
         while not stop.is_set():
             size = (size * 7 + 1) % 50
             store.write("lease.json", json.dumps({**held, "host": "h" * size}).encode())
+            time.sleep(0.05)
 
     writer = threading.Thread(target=write)
     writer.start()

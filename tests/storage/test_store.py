@@ -151,6 +151,18 @@ def test_a_silent_store_is_given_up_after_some_tries(s3, monkeypatch):
         store.read("a")
 
 
+@pytest.mark.slow
+def test_a_store_that_takes_connections_and_says_nothing_is_given_up(s3, monkeypatch):
+    monkeypatch.setattr(module, "_TRIES", 2)
+    monkeypatch.setattr(module, "_S3_WAIT_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as hole:
+        store = Store(f"{s3}?endpoint_override=127.0.0.1:{hole.getsockname()[1]}&scheme=http")
+        started = time.monotonic()
+        with pytest.raises(RunError, match=rf"^{s3}/a: cannot be written, tried 2 times"):
+            store.write("a", b"1")
+        assert time.monotonic() - started < 60
+
+
 def test_what_is_transient_is_tried_again(s3, tmp_path):
     """A port that drops connections until a real server's bytes are passed on behind it."""
     import os
@@ -164,7 +176,7 @@ def test_what_is_transient_is_tried_again(s3, tmp_path):
                 client, _ = listener.accept()
             except OSError:
                 return
-            if len(dropped) < 12:
+            if len(dropped) < 5:
                 dropped.append(1)
                 client.close()
                 continue
