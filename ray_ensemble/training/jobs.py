@@ -237,12 +237,17 @@ def _run_one(
 
 
 def _memory_watch(checkpoints: Path) -> Any:
-    """A callback of Ray Train's controller that notes which workers were killed for their memory."""
-    from ray.train import UserCallback
+    """A callback of Ray Train's controller that notes when a worker was killed for its memory.
 
-    class MemoryWatch(UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if any(is_memory_kill(error) for error in worker_exceptions.values()):
+    Such a kill comes as the worker's failure or, since Ray's error for it is not that of a dead actor, as the controller's own.
+    Every failure leads to one of three states that hold it.
+    """
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class MemoryWatch(ControllerCallback):  # type: ignore[misc]
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            error = getattr(current_state, "training_failed_error", None)
+            if error is not None and is_memory_kill(error):
                 note_out_of_memory(checkpoints)
 
     return MemoryWatch()
@@ -265,10 +270,11 @@ def _group_release() -> Any:
 
 
 def is_memory_kill(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended the worker that this error is about."""
+    """Whether Ray's memory monitor ended a worker that this error, of one or of a whole Ray Train run, is about."""
     from ray.exceptions import OutOfMemoryError
 
-    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
+    causes = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    return any(isinstance(cause, OutOfMemoryError) or "running low on memory" in str(cause) for cause in causes)
 
 
 @dataclass
