@@ -248,13 +248,22 @@ def _run_one(
 
 
 def _interruption_watch(run: str, pack: Pack) -> Any:
-    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory."""
-    from ray.train import UserCallback
+    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory.
 
-    class InterruptionWatch(UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            with run_copy(run, pack.read_by(1)) as copy:
-                note_interruption(pack.folder(copy.folder), interruption(list(worker_exceptions.values())))
+    A kill for memory comes as the worker's failure or, since Ray's error for it is not that of a dead actor, as the controller's
+    own. Every failure leads to one of three states that hold it.
+    """
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class InterruptionWatch(ControllerCallback):  # type: ignore[misc]
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            error = getattr(current_state, "training_failed_error", None)
+            errors = [] if error is None else list(getattr(error, "worker_failures", {}).values())
+            if error is not None and is_memory_kill(error):
+                errors = [error]
+            if errors:
+                with run_copy(run, pack.read_by(1)) as copy:
+                    note_interruption(pack.folder(copy.folder), interruption(errors))
 
     return InterruptionWatch()
 
@@ -284,10 +293,11 @@ def _group_release() -> Any:
 
 
 def is_memory_kill(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended the worker that this error is about."""
+    """Whether Ray's memory monitor ended a worker that this error, of one or of a whole Ray Train run, is about."""
     from ray.exceptions import OutOfMemoryError
 
-    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
+    causes = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    return any(isinstance(cause, OutOfMemoryError) or "running low on memory" in str(cause) for cause in causes)
 
 
 @dataclass

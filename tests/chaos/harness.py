@@ -142,8 +142,7 @@ class Nodes:
         self._head_options = ["--num-cpus=0", f"--include-dashboard={str(dashboard).lower()}"]
         if autoscaled:
             self._environment |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
-            # What Ray's `AutoscalingCluster` would read from a file that its wheel lacks. Its nodes are processes of the head's.
-            self._head_options.append(f"--autoscaling-config={Path(__file__).with_name('autoscaler.json')}")
+        self._autoscaled = autoscaled
         self._wanted = workers
         self.workers: list[Node] = []
         self.head: Node | None = None
@@ -166,10 +165,17 @@ class Nodes:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
+        scaling = []
+        if self._autoscaled:
+            # What Ray's `AutoscalingCluster` would read from a file that its wheel lacks. Its nodes are processes of the head's.
+            config = json.loads(Path(__file__).with_name("autoscaler.json").read_text())
+            config["provider"]["gcs_address"] = self.address
+            (self.folder / "autoscaler.json").write_text(json.dumps(config))
+            scaling = [f"--autoscaling-config={self.folder / 'autoscaler.json'}"]
         self.head = self._start(
             [
                 "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--dashboard-port=0",
-                f"--temp-dir={self.folder}", *self._head_options,
+                f"--temp-dir={self.folder}", *self._head_options, *scaling,
             ],
             self._environment,
         )  # fmt: skip

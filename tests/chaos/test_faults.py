@@ -72,8 +72,8 @@ def hungry_source(task_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_worker_that_ray_kills_for_its_memory_goes_on_with_smaller_micro_batches(hungry_source, tmp_path):
-    """The node's processes are in a control group of 5 GiB, of which Ray lets them use 3: a step takes 3.7, half of one 2.5."""
-    monitored = {"RAY_memory_usage_threshold": "0.6", "RAY_memory_monitor_refresh_ms": "50"}
+    """The node's processes are in a control group of 5 GiB, of which Ray lets them use half; a whole micro-batch needs 3 GiB."""
+    monitored = {"RAY_memory_usage_threshold": "0.5", "RAY_memory_monitor_refresh_ms": "50"}
     with memory_group(5 * 2**30) as inside, Nodes(workers=0) as nodes:
         nodes.add(environment=monitored, prefix=inside)
         done = subprocess.run(
