@@ -28,7 +28,7 @@ from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
 from ray_ensemble.training.packing import packs
-from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
+from ray_ensemble.training.worker import Pack, memory_kills, note_out_of_memory, read_row, train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
 _ORPHAN_S = 5.0  # for Ray to notice that a failed job's controller is gone
@@ -202,12 +202,38 @@ def _run_one(
     folder: Path,
     model: dict[str, Any],
 ) -> None:
+    """Train a pack; a run that a memory kill has ended is run again, from its last checkpoint, `max_failures` times.
+
+    Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and takes that for a
+    failure of its own, which it never tries again.
+    """
+    checkpoints = pack.folder(folder)
+    for left in reversed(range(training.max_failures + 1)):
+        noted = memory_kills(checkpoints)
+        try:
+            _trainer(pack, members, training, demand, folder, model).fit()
+            return
+        except Exception as error:
+            if not left or not is_memory_kill(error):
+                raise
+            if memory_kills(checkpoints) == noted:
+                note_out_of_memory(checkpoints)
+
+
+def _trainer(
+    pack: Pack,
+    members: list[EncodedTask],
+    training: TrainingConfig,
+    demand: _Demand,
+    folder: Path,
+    model: dict[str, Any],
+) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     once = 60.0 * training.wait_minutes / (_CONTROLLER_FAILURES + 1)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(once)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config={
             "pack": pack,
@@ -233,21 +259,15 @@ def _run_one(
             callbacks=[_memory_watch(pack.folder(folder)), _group_release()],
         ),
     )
-    trainer.fit()
 
 
 def _memory_watch(checkpoints: Path) -> Any:
-    """A callback of Ray Train's controller that notes when a worker was killed for its memory.
+    """A callback of Ray Train's controller that notes which workers were killed for their memory."""
+    from ray.train import UserCallback
 
-    Such a kill comes as the worker's failure or, since Ray's error for it is not that of a dead actor, as the controller's own.
-    Every failure leads to one of three states that hold it.
-    """
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-
-    class MemoryWatch(ControllerCallback):  # type: ignore[misc]
-        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            error = getattr(current_state, "training_failed_error", None)
-            if error is not None and is_memory_kill(error):
+    class MemoryWatch(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if any(is_memory_kill(error) for error in worker_exceptions.values()):
                 note_out_of_memory(checkpoints)
 
     return MemoryWatch()

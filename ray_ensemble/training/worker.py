@@ -214,11 +214,16 @@ def note_out_of_memory(checkpoints: Path) -> None:
     jsonl_appender(checkpoints / _MEMORY)({"killed": "out of memory"})
 
 
+def memory_kills(checkpoints: Path) -> int:
+    """How often that was written down."""
+    file = checkpoints / _MEMORY
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 def within_memory(training: TrainingConfig, checkpoints: Path, device: str) -> TrainingConfig:
     """The settings with micro-batches halved once for every time that a worker on such a device was killed for its memory."""
-    file = checkpoints / _MEMORY
-    kills = len(file.read_text().splitlines()) if file.exists() else 0
-    return training.model_copy(update={"batch_tokens": max(1, training.tokens_of(device) >> kills)})
+    tokens = training.tokens_of(device) >> memory_kills(checkpoints)
+    return training.model_copy(update={"batch_tokens": max(1, tokens)})
 
 
 def read_row(line: str) -> dict[str, Any] | None:
