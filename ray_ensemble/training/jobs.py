@@ -213,12 +213,45 @@ def _run_one(
     folder: Path,
     model: dict[str, Any],
 ) -> None:
+    """Train a pack; a run that a memory kill has ended is run again, from its last checkpoint, `max_failures` times.
+
+    Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and takes that for a
+    failure of its own, which it never tries again.
+    """
+    run = run_of(folder)
+    for left in reversed(range(training.max_failures + 1)):
+        noted = _memory_kills(run, pack)
+        try:
+            _trainer(pack, members, training, demand, folder, model).fit()
+            return
+        except Exception as error:
+            if not left or not is_memory_kill(error):
+                raise
+            if _memory_kills(run, pack) == noted:
+                with run_copy(run, pack.read_by(1)) as copy:
+                    note_interruption(pack.folder(copy.folder), "memory")
+
+
+def _memory_kills(run: str, pack: Pack) -> int:
+    """How often a worker of the pack was killed for its memory, as far as it was written down."""
+    with run_copy(run, pack.read_by(1)) as copy:
+        return interruptions(pack.folder(copy.folder)).count("memory")
+
+
+def _trainer(
+    pack: Pack,
+    members: list[EncodedTask],
+    training: TrainingConfig,
+    demand: _Demand,
+    folder: Path,
+    model: dict[str, Any],
+) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     once = 60.0 * training.wait_minutes / (_CONTROLLER_FAILURES + 1)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(once)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config={
             "pack": pack,
@@ -244,26 +277,16 @@ def _run_one(
             callbacks=[_interruption_watch(run_of(folder), pack), _group_release()],
         ),
     )
-    trainer.fit()
 
 
 def _interruption_watch(run: str, pack: Pack) -> Any:
-    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory.
+    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory."""
+    from ray.train import UserCallback
 
-    A kill for memory comes as the worker's failure or, since Ray's error for it is not that of a dead actor, as the controller's
-    own. Every failure leads to one of three states that hold it.
-    """
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-
-    class InterruptionWatch(ControllerCallback):  # type: ignore[misc]
-        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            error = getattr(current_state, "training_failed_error", None)
-            errors = [] if error is None else list(getattr(error, "worker_failures", {}).values())
-            if error is not None and is_memory_kill(error):
-                errors = [error]
-            if errors:
-                with run_copy(run, pack.read_by(1)) as copy:
-                    note_interruption(pack.folder(copy.folder), interruption(errors))
+    class InterruptionWatch(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            with run_copy(run, pack.read_by(1)) as copy:
+                note_interruption(pack.folder(copy.folder), interruption(list(worker_exceptions.values())))
 
     return InterruptionWatch()
 
