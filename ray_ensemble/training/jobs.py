@@ -394,6 +394,6 @@ def _reason(error: BaseException, demand: _Demand) -> str:
     if "Insufficient cluster resources" in text:  # what an autoscaler may start at most is less
         most = next((line.strip() for line in lines if "maximum" in line), reason)
         return f"the cluster can never give what is asked for: {shortfall(demand.bundles)} ({most})"
-    if "WorkerGroupStartupTimeout" in text or type(error).__name__ == "WorkerGroupStartupTimeoutError":
-        return f"no worker could start in training.wait_minutes: {shortfall(demand.bundles)} ({reason})"
+    if type(getattr(error, "controller_failure", error)).__name__ == "WorkerGroupStartupTimeoutError":
+        return f"no worker could start in training.wait_minutes: {shortfall(demand.bundles)}"
     return reason
