@@ -64,10 +64,7 @@ def ray_session(metadata: Mapping[str, str] | None = None) -> Iterator[None]:
         return
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(_WATCHER, "0")
-    environment = {key: os.environ[key] for key in (*_SETTINGS, _WATCHER, *_HANDED_ON) if key in os.environ}
-    for key, value in environment.items():
-        if "://" in value and "@" in value:  # Ray shows what is handed on
-            raise InputError(f"{key}: holds a user or password; give the address alone")
+    environment = handed_on()
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
         "log_to_driver": False,
@@ -90,6 +87,19 @@ def ray_session(metadata: Mapping[str, str] | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def handed_on() -> dict[str, str]:
+    """The variables of this process that workers are given. Ray shows them to whoever can list jobs.
+
+    Raises:
+        InputError: one of them is an address with a user or password.
+    """
+    found = {key: os.environ[key] for key in (*_SETTINGS, _WATCHER, *_HANDED_ON) if key in os.environ}
+    for key, value in found.items():
+        if "://" in value and "@" in value:
+            raise InputError(f"{key}: holds a user or password; give the address alone")
+    return found
 
 
 def _start(options: dict[str, Any]) -> None:
