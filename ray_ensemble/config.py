@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ray_ensemble.errors import InputError, nearest
+from ray_ensemble.config_errors import explain
+from ray_ensemble.errors import InputError
 from ray_ensemble.storage.url import checked_url, is_url
 
 Fraction = Annotated[float, Field(gt=0)]
@@ -400,7 +401,7 @@ def parse_config(data: dict[str, Any], where: str, base_dir: Path) -> JobConfig:
     try:
         config = JobConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError(f"{where}: {_explain(error)}") from None
+        raise InputError(f"{where}: {explain(error, JobConfig, TaskConfig)}") from None
     tasks = [task.model_copy(update={"source": _anchored(task.source, base_dir)}) for task in config.tasks]
     source = _anchored(config.model.source, base_dir, hub=True)
     return config.model_copy(update={"tasks": tasks, "model": config.model.model_copy(update={"source": source})})
@@ -469,34 +470,3 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise InputError(f"--set {override}: {section} is not a section of the job file")
         target = inner
     target[leaf] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """One line about the first problem, with the known keys and the nearest one where a key is unknown."""
-    problem = error.errors(include_url=False)[0]
-    place = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part in _UNION_TAGS))]
-    where = ".".join(str(part) for part in place) or "the job file"
-    rest = (
-        f" ({error.error_count() - 1} more)" if error.error_count() > 1 and problem["type"] == "extra_forbidden" else ""
-    )
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
-        return f"unknown key '{where}'{nearest(str(place[-1]), known)} (known keys: {', '.join(known)}){rest}"
-    if problem["type"] == "missing":
-        return f"'{where}' is missing and has no default"
-    return f"'{where}': {problem['msg'].lower()}, got {problem['input']!r}"
-
-
-_UNION_TAGS = {"int", "float", "str", "bool", "constrained-int", "constrained-float"}
-
-
-def _known_keys(path: list[Any]) -> list[str]:
-    section: type[BaseModel] = JobConfig
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        section = inner[0] if inner else TaskConfig
-    return list(section.model_fields)
