@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ray_ensemble.files import read_json, write_json
 from ray_ensemble.progress import console
 from ray_ensemble.run_folder import STAGES
+from ray_ensemble.storage import located
 
 if TYPE_CHECKING:
     from ray_ensemble.stages import Outcome, Stages
@@ -37,7 +38,7 @@ def train(stages: Stages) -> Outcome:
     steps, fresh = sum(job.steps for job in jobs), None
     if stages.warm:
         steps += stages.config.gradients.meta_steps
-        fresh = StartingPoint(stages.init, stages.planned["adapter"]["hash"])
+        fresh = StartingPoint(located(stages.folder.path, stages.init), stages.planned["adapter"]["hash"])
     baseline = AdapterJob("qlora_all", tuple(examples), steps, settings.seed, fresh)
     trained = train_adapters(
         [*jobs, baseline], stages.encoded, stages.config, stages.folder.path, asdict(stages.spec), stages.base_hashes
@@ -77,8 +78,9 @@ def ensemble(stages: Stages) -> Outcome:
     tokens, peak = 0, 0
     if learned or boosting or settings.router:
         stages.need_ray()
+        held_out = {task.name: stages.held_out(task.name) for task in stages.encoded}
         requests = [
-            ScoreRequest(stages.adapter_folder(name), task, stages.held_out(task.name))
+            ScoreRequest(stages.adapter_folder(name), task, held_out[task.name])
             for task in stages.encoded
             for name in names
         ]

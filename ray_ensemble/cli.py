@@ -72,7 +72,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         _print(search_summary(result.folder))
     else:
-        print(f"{options.verb}: done, in {result.folder}")
+        print(f"{options.verb}: done, in {result.url or result.folder}")
     return 0
 
 
@@ -99,12 +99,13 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _weights(options: argparse.Namespace) -> int:
     from ray_ensemble.report import unseen_summary
+    from ray_ensemble.storage import without_settings
     from ray_ensemble.unseen import unseen_weights
 
     if options.examples is not None and options.examples < 0:
         raise InputError(f"--examples {options.examples}: give a number of examples, 0 for none")
     found = unseen_weights(options.run, options.task_folder, options.examples)
-    _print(unseen_summary(found), f"\nwritten: {Path(options.run) / 'unseen' / (found['name'] + '.json')}")
+    _print(unseen_summary(found), f"\nwritten: {without_settings(options.run)}/unseen/{found['name']}.json")
     return 0
 
 
@@ -141,7 +142,9 @@ def _submit(options: argparse.Namespace) -> int:
         submission = Submission(options.address, options.attach)
     else:
         if options.output is None:
-            raise InputError("submit: --output is needed, an absolute path that every node of the cluster sees")
+            raise InputError(
+                "submit: --output is needed, a URL or an absolute path that every node of the cluster sees"
+            )
         submission = submit(
             options.job,
             address=options.address,
@@ -200,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         command = verbs.add_parser(verb, help=text, description=text)
         command.add_argument("job", help="the job file (YAML)")
         command.add_argument(
-            "--output", "-o", default=None, help="the run folder (default: runs/<name of the job file>)"
+            "--output", "-o", default=None, help="the run folder, a path or URL (default: runs/<name of the job file>)"
         )
         command.add_argument(
             "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value of the job file"
@@ -249,7 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     submit = verbs.add_parser("submit", help="run a job on a Ray cluster elsewhere, by its job server")
     submit.add_argument("job", nargs="?", default=None, help="the job file; data at relative paths are sent with it")
     submit.add_argument("--address", required=True, help="the job server, such as http://127.0.0.1:8265")
-    submit.add_argument("--output", "-o", default=None, help="the run folder, an absolute path that every node sees")
+    submit.add_argument(
+        "--output", "-o", default=None, help="the run folder, a URL or an absolute path that every node sees"
+    )
     submit.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value of the job file"
     )

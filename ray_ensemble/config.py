@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ray_ensemble.errors import InputError, nearest
+from ray_ensemble.config_errors import explain
+from ray_ensemble.errors import InputError
+from ray_ensemble.storage.url import checked_url, is_url
 
 Fraction = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -164,7 +166,7 @@ class SearchConfig(Section):
     `methods` give the trials' first partitions: `sdp` and `spectral` for each number of groups, `sdp-penalty` chooses it.
     `price` is what an adapter costs, in units of the objective: a partition into m groups has mean estimated loss + price · m.
     `rule: one_standard_error` takes the fewest groups whose objective is within one standard error of the best.
-    `regularization_scales` are multiples of the estimate's λ; with several, all trials are made at each of them.
+    `regularization_scales`: multiples of the estimate's λ; all trials are made at each. `wait_minutes` without a trial end it.
     """
 
     groups: list[Count] = [2, 3, 4, 5]
@@ -174,6 +176,7 @@ class SearchConfig(Section):
     price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     rule: Literal["best", "one_standard_error"] = "best"
     regularization_scales: list[Fraction] = [1.0]
+    wait_minutes: Fraction = 20.0
     seed: Seed = 0
 
     @field_validator("groups", "methods", "regularization_scales")
@@ -211,11 +214,10 @@ class TrainingConfig(Section):
     one copy of the base. A worker that fails is started again from its last checkpoint, `max_failures` times in a job; nodes
     that are taken away count apart, by `max_preemptions`. A job that the cluster cannot place in `wait_minutes` fails.
     `loggers` show the steps elsewhere than in `train.jsonl`. A job has `workers` workers, each with its own `cpus` and
-    `gpus`, that share the rows of every step; with a range {min, max} the job with the most steps has `max` of them, and
-    others have in proportion. With `strategy: none` each holds the whole base; `zero3` (DeepSpeed) and `fsdp2` (torch) cut
-    the base into a shard each, `zero2` (DeepSpeed) the optimiser's state and gradients alone. `offload` moves what was cut to
-    host memory: the optimiser's state under `zero2`, the base's shards too under `zero3`, the base's shards under `fsdp2`
-    (docs/training.md).
+    `gpus`, that share the rows of every step; with a range {min, max} the longest job has `max` of them and others in
+    proportion, `auto` shares out what the cluster holds. With `strategy: none` each holds the whole base; `zero3` (DeepSpeed)
+    and `fsdp2` (torch) cut the base into a shard each, `zero2` (DeepSpeed) the optimiser's state and gradients. `offload` moves
+    that to host memory: the optimiser's state under `zero2`, the shards too under `zero3`, the shards under `fsdp2`.
     """
 
     epochs: Count = 2
@@ -236,7 +238,7 @@ class TrainingConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = 2
     max_preemptions: Annotated[int, Field(ge=0)] = 100
     strategy: Strategy = "none"
-    workers: Count | Range = 1
+    workers: Literal["auto"] | Count | Range = 1
     offload: bool = False
     concurrency: Literal["auto"] | Count = "auto"
     cpus: Fraction = 1.0
@@ -280,13 +282,15 @@ class TrainingConfig(Section):
 
     @property
     def most_workers(self) -> int:
-        """Workers that a job has at most."""
+        """Workers that a job has at most; `auto` counts as several."""
+        if self.workers == "auto":
+            return min(2, self.batch_size)
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     def workers_of(self, steps: int, longest: int) -> int:
         """Workers of a job of so many steps, where the longest has `longest`."""
-        if isinstance(self.workers, int):
-            return self.workers
+        if not isinstance(self.workers, Range):
+            return self.most_workers
         return max(self.workers.min, round(self.workers.max * steps / longest))
 
     def steps(self, examples: int) -> int:
@@ -397,7 +401,7 @@ def parse_config(data: dict[str, Any], where: str, base_dir: Path) -> JobConfig:
     try:
         config = JobConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError(f"{where}: {_explain(error)}") from None
+        raise InputError(f"{where}: {explain(error, JobConfig, TaskConfig)}") from None
     tasks = [task.model_copy(update={"source": _anchored(task.source, base_dir)}) for task in config.tasks]
     source = _anchored(config.model.source, base_dir, hub=True)
     return config.model_copy(update={"tasks": tasks, "model": config.model.model_copy(update={"source": source})})
@@ -438,8 +442,8 @@ def flatten(config: JobConfig) -> dict[str, Any]:
 
 
 def _anchored(source: str, base_dir: Path, hub: bool = False) -> str:
-    if source.startswith("pypi:"):
-        return source
+    if source.startswith("pypi:") or is_url(source):
+        return checked_url(source) if is_url(source) else source
     if source.startswith("hf:"):
         local = (base_dir / Path(source[3:]).expanduser()).resolve()
         return f"hf:{local}" if source[3:].startswith((".", "/", "~")) else source
@@ -466,34 +470,3 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise InputError(f"--set {override}: {section} is not a section of the job file")
         target = inner
     target[leaf] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """One line about the first problem, with the known keys and the nearest one where a key is unknown."""
-    problem = error.errors(include_url=False)[0]
-    place = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part in _UNION_TAGS))]
-    where = ".".join(str(part) for part in place) or "the job file"
-    rest = (
-        f" ({error.error_count() - 1} more)" if error.error_count() > 1 and problem["type"] == "extra_forbidden" else ""
-    )
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
-        return f"unknown key '{where}'{nearest(str(place[-1]), known)} (known keys: {', '.join(known)}){rest}"
-    if problem["type"] == "missing":
-        return f"'{where}' is missing and has no default"
-    return f"'{where}': {problem['msg'].lower()}, got {problem['input']!r}"
-
-
-_UNION_TAGS = {"int", "float", "str", "bool", "constrained-int", "constrained-float"}
-
-
-def _known_keys(path: list[Any]) -> list[str]:
-    section: type[BaseModel] = JobConfig
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        section = inner[0] if inner else TaskConfig
-    return list(section.model_fields)

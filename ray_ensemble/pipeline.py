@@ -9,6 +9,7 @@ is not run again.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,19 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from ray_ensemble.config import JobConfig, load_config
-from ray_ensemble.errors import InputError, nearest
+from ray_ensemble.errors import InputError, RunError, nearest
 from ray_ensemble.files import read_json
-from ray_ensemble.run_folder import STAGES, RunFolder
+from ray_ensemble.run_folder import STAGES, open_run
 from ray_ensemble.runtime import prepare_environment
 from ray_ensemble.stages import Stages, encode_all
 from ray_ensemble.tasks import load_tasks
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, and the files that one asks for first, as plain data."""
+    """A finished run: its folder, and the files that one asks for first, as plain data.
+
+    Of a run at a URL, `folder` is the local copy and `url` tells where it is.
+    """
 
     folder: Path
+    url: str | None = None
 
     @property
     def partition(self) -> dict[str, Any]:
@@ -104,7 +111,7 @@ class Job:
 
         Args:
             stage: one of plan, tasks, gradients, search, train, ensemble, evaluate, report.
-            output: the run folder.
+            output: the run folder, a path or a URL (docs/run.md).
             redo: recompute what depends on keys that differ from the folder's config, instead of refusing.
 
         Raises:
@@ -117,10 +124,16 @@ class Job:
         from ray_ensemble.models import quiet_libraries
 
         quiet_libraries()
-        folder = RunFolder(output, self.config, redo)
-        with folder.lease(), ExitStack() as stack:
-            Stages(folder, stack).through(stage)
-        return RunResult(folder.path)
+        try:
+            with open_run(output, self.config, redo) as folder, ExitStack() as stack:
+                Stages(folder, stack).through(stage)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise RunError(
+                f"--output {output}: the disk is full ({error}); free some space: the same command then goes on from here"
+            ) from error
+        return RunResult(folder.path, folder.url)
 
     def validate(
         self, output: str | Path, *, subsets: int = 12, repeats: int = 3, redo: bool = False
@@ -142,8 +155,7 @@ class Job:
         from ray_ensemble.validation import validate
 
         quiet_libraries()
-        folder = RunFolder(output, self.config, redo)
-        with folder.lease(), ExitStack() as stack:
+        with open_run(output, self.config, redo) as folder, ExitStack() as stack:
             stages = Stages(folder, stack)
             stages.through("gradients")
             found = validate(stages, subsets, repeats)

@@ -10,6 +10,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ray_ensemble.config import GradientsConfig, Range
 from ray_ensemble.errors import InputError, RunError
+from ray_ensemble.metrics import current_figures
 from ray_ensemble.runtime import cluster_cpus, cluster_gpus, shortfall
 
 _TRIES = 4  # of one unit whose actors die under it, and actors lost in a row, before the run gives up
@@ -107,7 +108,7 @@ def bundle_of(config: GradientsConfig, size: PoolSize) -> dict[str, float]:
 @dataclass
 class _Member(Generic[Unit]):
     actor: Any
-    node: str | None = None  # known once it is ready
+    nodes: tuple[str, ...] = ()  # that it and what it leads are on; known once it is ready
     held: int = 0  # units under way
 
 
@@ -133,6 +134,8 @@ class _Pool(Generic[Unit]):
         self._lost = 0  # actors since the last result
         self._members: list[_Member[Unit]] = []
         self._running: dict[Any, tuple[_Member[Unit], str, Unit | None]] = {}
+        self._handed_out: dict[str, float] = {}  # when, by name of the unit
+        self._figures = current_figures()
 
     def run(self) -> None:
         quiet_since, told = time.monotonic(), False
@@ -141,7 +144,7 @@ class _Pool(Generic[Unit]):
             reference = self._next_event()
             if reference is None:
                 waited = time.monotonic() - quiet_since
-                if any(member.node for member in self._members):
+                if any(member.nodes for member in self._members):
                     continue
                 if waited > self._kind.wait_s:
                     raise RunError(
@@ -167,7 +170,7 @@ class _Pool(Generic[Unit]):
         while len(self._members) < wanted:
             member: _Member[Unit] = _Member(self._kind.start())
             self._members.append(member)
-            self._running[member.actor.__ray_call__.remote(_node)] = (member, _READY, None)
+            self._running[member.actor.__ray_call__.remote(_nodes)] = (member, _READY, None)
 
     def _next_event(self) -> Any | None:
         import ray
@@ -189,10 +192,11 @@ class _Pool(Generic[Unit]):
             self._bury(member, name, unit, error)
             return
         if unit is None:
-            member.node = str(result)
+            member.nodes = tuple(result)
         else:
             member.held -= 1
             self._lost = 0
+            self._figures.observe("ensemble_unit_seconds", time.monotonic() - self._handed_out.pop(name))
             self._on_result(name, result)
         self._hand_out(member)
 
@@ -200,6 +204,7 @@ class _Pool(Generic[Unit]):
         while self._waiting and member.held < self._in_flight:
             name, unit = self._waiting.popleft()
             self._running[getattr(member.actor, self._method).remote(unit)] = (member, name, unit)
+            self._handed_out[name] = time.monotonic()
             member.held += 1
         if not member.held and not self._waiting:
             # Nothing is left for it: its CPUs and GPUs go back while the others finish.
@@ -220,7 +225,11 @@ class _Pool(Generic[Unit]):
             raise RunError(f"an actor could not start: {reason}") from error
         self._release(member)
         # A node that went away takes its actors along: that is the cluster's doing, not the unit's.
-        preempted = bool(getattr(error, "preempted", False)) or (member.node is not None and not _alive(member.node))
+        preempted = bool(getattr(error, "preempted", False)) or not _alive(member.nodes)
+        self._figures.count("ensemble_preemptions" if preempted else "ensemble_actors_lost")
+        at = "while it started" if unit is None else f"with {name}"
+        why = "its node went away" if preempted else "out of memory, or killed"
+        print(f"an actor was lost {at} ({why}); another takes over", flush=True)
         if unit is not None:
             self._waiting.appendleft((name, unit))
             self._deaths[name] += not preempted
@@ -271,13 +280,16 @@ def map_units(
         pool.close()
 
 
-def _node(_: Any) -> str:
+def _nodes(actor: Any) -> list[str]:
+    """The nodes of an actor and of those that it leads, if it does; run in the actor."""
     import ray
 
-    return str(ray.get_runtime_context().get_node_id())
+    led = actor.nodes() if hasattr(actor, "nodes") else []
+    return [str(ray.get_runtime_context().get_node_id()), *led]
 
 
-def _alive(node: str) -> bool:
+def _alive(nodes: Sequence[str]) -> bool:
     import ray
 
-    return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
+    living = {found["NodeID"] for found in ray.nodes() if found["Alive"]}
+    return living.issuperset(nodes)

@@ -1,4 +1,5 @@
-"""Progress on long work: a live bar on a terminal, a line now and then elsewhere, both on standard error."""
+"""Progress on long work: a live bar on a terminal, a line now and then elsewhere, both on standard error; and figures for
+Prometheus, where Ray runs (`metrics`)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from ray_ensemble.metrics import current_figures
 
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 console = Console(stderr=True, highlight=False)
@@ -35,6 +38,7 @@ class Bar:
         self._title, self._total, self._unit = title, total, unit
         self._done, self._first = done, done
         self._note = ""
+        self._figures = current_figures()
         self._started = self._spoken = time.monotonic()
         self._live: Progress | None = None
         self._id: TaskID | None = None
@@ -55,6 +59,7 @@ class Bar:
             self._id = self._live.add_task(self._title, total=self._total, completed=self._done, rate="")
         else:
             self._say()
+        self._figure()
         return self
 
     def __exit__(
@@ -64,11 +69,13 @@ class Bar:
             self._live.stop()
         elif kind is None:
             self._say()
+        self._figure(under_way=False)
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count `units` more as done; `note` stands beside the rate."""
         self._done += units
         self._note = note
+        self._figure()
         if self._live is not None and self._id is not None:
             self._live.update(self._id, completed=self._done, rate=f"{self._rate():.1f} {self._unit}/s {note}")
         elif time.monotonic() - self._spoken > _LINE_EVERY and self._done < self._total:
@@ -83,6 +90,13 @@ class Bar:
 
     def _rate(self) -> float:
         return (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
+
+    def _figure(self, under_way: bool = True) -> None:
+        rate = self._rate() if under_way else 0.0
+        left = (self._total - self._done) / rate if rate else None
+        self._figures.progress(
+            self._unit, done=self._done, total=self._total, per_second=rate, seconds_left=left if under_way else 0.0
+        )
 
     def _say(self) -> None:
         self._spoken = time.monotonic()

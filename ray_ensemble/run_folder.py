@@ -15,6 +15,7 @@ from typing import Any
 from ray_ensemble.config import JobConfig, dump_config, flatten, load_config
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, sha256_file, write_json, write_text
+from ray_ensemble.storage import MARKER, WorkingCopy, opened, refuse_working_copy, run_place, without_settings
 
 LEASE_SECONDS = 60.0
 _BEAT_SECONDS = 10.0
@@ -44,6 +45,7 @@ _FREE = (
     "gradients.replicas",
     "gradients.gpus",
     "gradients.wait_minutes",
+    "search.wait_minutes",
     "training.concurrency",
     "training.cpus",
     "training.gpus",
@@ -67,19 +69,35 @@ class RunFolder:
         path: the folder; it is made if it is not there.
         config: the job that runs in it.
         redo: recompute what depends on keys that have changed instead of refusing them.
+        copy: of a run at a URL, whose `folder` is then `path`.
 
     Raises:
         InputError: the folder cannot be written, or belongs to another job.
     """
 
-    def __init__(self, path: str | Path, config: JobConfig, redo: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, config: JobConfig, redo: bool = False, copy: WorkingCopy | None = None
+    ) -> None:
         self.path = Path(path).resolve()
         self.config = config
+        self._copy = copy
         self._check_writable()
+        if copy is None:
+            refuse_working_copy(self.path)
         self._claim_config(redo)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @property
+    def url(self) -> str | None:
+        """The URL that this is a local copy of, or None."""
+        return None if self._copy is None else self._copy.store.url
+
+    @property
+    def name(self) -> str:
+        """The folder as messages name it: its URL or its path."""
+        return without_settings(self.url) if self.url is not None else str(self.path)
 
     def whole(self, stage: str) -> bool:
         """Whether `stage` has run to its end here and every file that it lists is still what it was."""
@@ -88,13 +106,11 @@ class RunFolder:
             return False
         for name, digest in read_json(manifest, "manifest")["files"].items():
             file = self.path / name
-            if not file.is_file():
-                print(f"{file}: missing; the {stage} stage runs again", flush=True)
-                return False
-            if sha256_file(file) != digest:
-                print(
-                    f"{file}: damaged (its SHA-256 is not the recorded one); the {stage} stage runs again", flush=True
-                )
+            reason = _harm(file, digest)
+            if reason is not None and self._copy is not None and self._copy.refetch(name):
+                reason = _harm(file, digest)
+            if reason is not None:
+                print(f"{self.name}/{name}: {reason}; the {stage} stage runs again", flush=True)
                 return False
         return True
 
@@ -106,6 +122,8 @@ class RunFolder:
         """Write the manifest that makes `stage` whole: hashes of its files, and what it cost."""
         listed = {str(file.relative_to(self.path)): sha256_file(file) for file in files}
         write_json(self._manifest_path(stage), {"stage": stage, **facts, "files": listed})
+        if self._copy is not None:
+            self._copy.finish(f"manifests/{stage}.json")
 
     def facts(self, stage: str) -> dict[str, Any]:
         """The manifest of a finished stage."""
@@ -114,7 +132,10 @@ class RunFolder:
 
     def forget_from(self, stage: str) -> None:
         """Drop the manifests of `stage` and of all after it, so that they run again."""
-        for name in STAGES[STAGES.index(stage) :]:
+        names = STAGES[STAGES.index(stage) :]
+        if self._copy is not None:
+            self._copy.forget([f"manifests/{name}.json" for name in names if self._manifest_path(name).exists()])
+        for name in names:
             self._manifest_path(name).unlink(missing_ok=True)
 
     @contextmanager
@@ -154,14 +175,14 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise InputError(f"--output {self.path}: cannot be written ({error.strerror})") from None
+            raise InputError(f"--output {self.name}: cannot be written ({error.strerror})") from None
 
     def _claim_config(self, redo: bool) -> None:
         file = self.path / "config.yaml"
         if not file.exists():
-            if any(child.name not in ("lease.json",) for child in self.path.iterdir()):
+            if any(child.name not in ("lease.json", MARKER) for child in self.path.iterdir()):
                 raise InputError(
-                    f"--output {self.path}: not empty and not a run folder (no config.yaml); choose another folder"
+                    f"--output {self.name}: not empty and not a run folder (no config.yaml); choose another folder"
                 )
             write_text(file, dump_config(self.config))
             return
@@ -175,13 +196,40 @@ class RunFolder:
             shown = ", ".join(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in changed[:5])
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise InputError(
-                f"--output {self.path}: belongs to a run with another config ({shown}{more}); choose another folder, "
+                f"--output {self.name}: belongs to a run with another config ({shown}{more}); choose another folder, "
                 "or give --redo to recompute what depends on it"
             )
         if changed:
             self.forget_from(min((_stage_of(key, self.config) for key in changed), key=STAGES.index))
         if before != after:
             write_text(file, dump_config(self.config))
+
+
+@contextmanager
+def open_run(output: str | Path, config: JobConfig, redo: bool = False) -> Iterator[RunFolder]:
+    """Own a run folder within the block, given by path or by URL.
+
+    Raises:
+        InputError: as for `RunFolder`; another living run owns it; or the URL's store refuses it.
+        RunError: the store does not answer, or another run took the folder over.
+    """
+    place = run_place(output)
+    if not isinstance(place, str):
+        folder = RunFolder(place, config, redo)
+        with folder.lease():
+            yield folder
+        return
+    with opened(place, _process_start, LEASE_SECONDS) as copy:
+        folder = RunFolder(copy.folder, config, redo, copy)
+        copy.push()
+        yield folder
+
+
+def _harm(file: Path, digest: str) -> str | None:
+    """What is wrong with a file that has a recorded hash, or None."""
+    if not file.is_file():
+        return "missing"
+    return None if sha256_file(file) == digest else "damaged (its SHA-256 is not the recorded one)"
 
 
 def _stage_of(key: str, config: JobConfig) -> str:

@@ -25,8 +25,18 @@ _SETTINGS = {
     "TQDM_DISABLE": "1",  # the libraries' own bars, which do not know when they are in a log
 }
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-_HANDED_ON = ("RAY_ENSEMBLE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
+_HANDED_ON = (
+    "RAY_ENSEMBLE_CACHE",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
 _OBJECT_STORE = 400 * 2**20
+MARKET_TYPE = "ray.io/market-type"  # the label by which a cluster tells its spot nodes from the others
 
 
 def prepare_environment() -> None:
@@ -36,10 +46,15 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(metadata: Mapping[str, str] | None = None) -> Iterator[None]:
     """A Ray cluster for the length of a run: the one of this process, the one at RAY_ADDRESS, or a local one.
 
-    A local one binds its dashboard to loopback. A cluster that was there before stays when the run ends.
+    A local one binds its dashboard to loopback. A cluster that was there before stays when the run ends. `metadata` are shown
+    by the dashboard, unless this process joined Ray before.
+
+    Raises:
+        InputError: no cluster answers at RAY_ADDRESS, or this process is on a spot node of it.
+        RunError: Ray did not start on this machine.
     """
     prepare_environment()
     import ray
@@ -49,11 +64,12 @@ def ray_session() -> Iterator[None]:
         return
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(_WATCHER, "0")
-    environment = {key: os.environ[key] for key in (*_SETTINGS, _WATCHER, *_HANDED_ON) if key in os.environ}
+    environment = handed_on()
     options: dict[str, Any] = {
         "runtime_env": {"env_vars": environment},
         "log_to_driver": False,
         "logging_level": logging.ERROR,
+        "job_config": ray.job_config.JobConfig(metadata=dict(metadata or {})),
     }
     if not os.environ.get("RAY_ADDRESS"):
         # Train's clean-up of a dead controller asks the dashboard, so the dashboard has to run.
@@ -66,9 +82,24 @@ def ray_session() -> Iterator[None]:
         }
     _start(options)
     try:
+        if os.environ.get("RAY_ADDRESS"):
+            _refuse_spot_node()
         yield
     finally:
         ray.shutdown()
+
+
+def handed_on() -> dict[str, str]:
+    """The variables of this process that workers are given. Ray shows them to whoever can list jobs.
+
+    Raises:
+        InputError: one of them is an address with a user or password.
+    """
+    found = {key: os.environ[key] for key in (*_SETTINGS, _WATCHER, *_HANDED_ON) if key in os.environ}
+    for key, value in found.items():
+        if "://" in value and "@" in value:
+            raise InputError(f"{key}: holds a user or password; give the address alone")
+    return found
 
 
 def _start(options: dict[str, Any]) -> None:
@@ -86,6 +117,46 @@ def _start(options: dict[str, Any]) -> None:
             if "timed out during startup" not in str(error) or attempt == 2:
                 raise RunError(f"Ray did not start on this machine: {error}") from error
             print("Ray is slow to start on this busy machine; trying once more", flush=True)
+
+
+def _refuse_spot_node() -> None:
+    """Raise `InputError` where this process is on a node that may be taken away: the run would go with it.
+
+    What coordinates a run sits with it: Tune runs in this process, and Ray Train pins its controllers and barriers to this node.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    labels: dict[str, str] = next((node["Labels"] for node in ray.nodes() if node["NodeID"] == here), {})
+    if labels.get(MARKET_TYPE) == "spot":
+        raise InputError(
+            f"this process is on a spot node ({MARKET_TYPE}=spot), and the whole run would go when it goes: start it on the "
+            "head or on an on-demand node, as `ray-ensemble submit` does"
+        )
+
+
+def release_orphaned_groups(actor: str | None = None) -> int:
+    """Remove placement groups that actors of this job left behind: those of dead actors, and all of `actor` (an id in hex).
+
+    Ray keeps a group until its maker and the whole job are dead. A Ray Train controller that dies, or that cannot set up its
+    workers' process group, therefore leaves its resources held until the driver ends. Groups of living actors, of the driver,
+    and of other jobs on the cluster stay. Returns how many were removed.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job, maker = (bytes.fromhex(identity or "") for identity in (ray.get_runtime_context().get_job_id(), actor))
+    found = 0
+    for written in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(written)
+        if group.creator_job_id != job or group.state == PlacementGroupTableData.REMOVED:
+            continue
+        if group.creator_actor_dead or (maker and group.creator_actor_id == maker):
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            found += 1
+    return found
 
 
 def watches_preemption() -> bool:

@@ -15,9 +15,12 @@ from ray_ensemble.adapter_stages import ensemble, evaluate, train
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, sha256_file, write_json
+from ray_ensemble.job_metadata import metadata
+from ray_ensemble.metrics import FAILED, RUNNING, WAITING, WHOLE, run_figures
 from ray_ensemble.progress import Bar, console
 from ray_ensemble.run_folder import STAGES, RunFolder
 from ray_ensemble.runtime import ray_session
+from ray_ensemble.storage import located
 from ray_ensemble.tasks import SPLITS, EncodedExample, EncodedTask, Task, bare_prompt, encode_task, load_tasks
 from ray_ensemble.version import __version__
 
@@ -51,17 +54,29 @@ class Stages:
             "evaluate": lambda: evaluate(self),
             "report": self.report,
         }
-        for stage in STAGES[: STAGES.index(last) + 1]:
-            if self.folder.whole(stage):
-                if stage == "tasks":
-                    self.refuse_changed_data()
-                console.print(f"[dim]{stage}: done before[/dim]")
-                continue
-            self.folder.forget_from(stage)
-            console.print(f"[bold]{stage}[/bold]")
-            started = time.monotonic()
-            files, facts = steps[stage]()
-            self.folder.finish(stage, files, {"seconds": round(time.monotonic() - started, 3), **facts})
+        wanted = STAGES[: STAGES.index(last) + 1]
+        with run_figures(self.folder.name.rpartition("/")[2]) as figures:
+            for stage in wanted:
+                figures.stage(stage, WAITING)
+            for stage in wanted:
+                if self.folder.whole(stage):
+                    if stage == "tasks":
+                        self.refuse_changed_data()
+                    console.print(f"[dim]{stage}: done before[/dim]")
+                    figures.stage(stage, WHOLE)
+                    continue
+                self.folder.forget_from(stage)
+                console.print(f"[bold]{stage}[/bold]")
+                figures.stage(stage, RUNNING)
+                started = time.monotonic()
+                try:
+                    files, facts = steps[stage]()
+                except BaseException:
+                    figures.stage(stage, FAILED)
+                    raise
+                seconds = round(time.monotonic() - started, 3)
+                self.folder.finish(stage, files, {"seconds": seconds, **facts})
+                figures.stage(stage, WHOLE, seconds)
 
     # The stages -----------------------------------------------------------------------------------------------------
 
@@ -212,7 +227,8 @@ class Stages:
     def need_ray(self) -> None:
         """Start Ray unless this pass has."""
         if not self._ray:
-            self._stack.enter_context(ray_session())
+            about = metadata(self.folder.name, self.config.model.source, str(len(self.encoded)))
+            self._stack.enter_context(ray_session(about))
             self._ray = True
 
     @cached_property
@@ -264,7 +280,7 @@ class Stages:
         changed = [task.name for task in self.encoded if before.get(task.name) != task.data_hash]
         if changed:
             raise InputError(
-                f"{self.folder.path}: the data of {', '.join(changed)} are not those that this run began with "
+                f"{self.folder.name}: the data of {', '.join(changed)} are not those that this run began with "
                 "(tasks.json has their hashes); restore them or choose another --output"
             )
 
@@ -315,7 +331,8 @@ class Stages:
         from ray_ensemble.gradients import ReplicaSpec
 
         model = self.planned["model"]
-        return ReplicaSpec(self.config.model.source, model["quantization"], str(start), model["pad_id"])
+        adapter = located(self.folder.path, start)
+        return ReplicaSpec(self.config.model.source, model["quantization"], adapter, model["pad_id"])
 
     def size(self, half: str | None = None) -> ModelSize:
         """Parameters of the base and of the adapter, or of its half `lora_A` or `lora_B`, as operations are counted by them."""

@@ -1,4 +1,5 @@
-"""How far a run is, from the files of its folder alone: no Ray, so that any machine which sees the folder can ask.
+"""How far a run is, from the files of its folder alone: no Ray, so that any machine which sees the folder
+or reaches its URL can ask.
 
     from ray_ensemble.status import run_status
     run_status("runs/first")["stage"]
@@ -22,6 +23,7 @@ from ray_ensemble.config import JobConfig, load_config
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json
 from ray_ensemble.run_folder import LEASE_SECONDS, STAGES
+from ray_ensemble.storage import is_url, run_place, status_files, without_settings
 
 _PROGRESS = {"gradients": "gradients", "search": "search", "train": "training"}
 _RECENT = 50  # rows of a training log that its rate is taken of
@@ -39,7 +41,7 @@ def run_status(folder: str | Path) -> dict[str, Any]:
     Raises:
         InputError: there is no run folder, or a file of it is damaged.
     """
-    path = Path(folder)
+    path = status_files(run_place(folder))
     if not path.is_dir():
         raise InputError(f"{path}: no such run folder")
     if not (path / "config.yaml").is_file():
@@ -52,7 +54,7 @@ def run_status(folder: str | Path) -> dict[str, Any]:
     failures = path / "failures.json"
     failed = read_json(failures, "record of failures")["failed"] if failures.is_file() else {}
     found: dict[str, Any] = {
-        "folder": str(path.resolve()),
+        "folder": without_settings(str(folder)) if is_url(folder) else str(path.resolve()),
         "state": _state(current, alive, failed),
         "stage": current,
         "stages": stages,

@@ -27,11 +27,12 @@ from typing import Any
 
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import sha256_json
+from ray_ensemble.job_metadata import submission_metadata
 from ray_ensemble.job_package import JobPackage, pack_job, unpack_wheel
 from ray_ensemble.progress import console
+from ray_ensemble.storage import checked_url, is_url, without_settings
 from ray_ensemble.submitted import arguments_for
 
-_OUTPUT = "ray_ensemble_output"  # the key of a job's metadata that says where it writes
 _LOST_SECONDS = 60.0  # without a word from the job server before following ends
 _ADDRESS = "RAY_API_SERVER_ADDRESS"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -148,12 +149,12 @@ def submit(
     """Send a job to a cluster, where it is run as `ray-ensemble run` runs it.
 
     Sources of the job that are absolute paths are paths on the cluster. Relative ones are packed, and put to
-    `<output>.inputs/` there.
+    `<output>.inputs/` there, by path or by URL.
 
     Args:
         job: the job file.
         address: of the cluster's job server, such as `http://127.0.0.1:8265`.
-        output: the run folder, an absolute path that every node of the cluster sees.
+        output: the run folder: a URL that the nodes reach, or an absolute path that all of them see.
         overrides: `"section.key=value"` strings that replace what the job file says.
         wheel: a wheel of this package for the cluster's workers; without it the cluster's image has to have the package.
         environment: names of variables that the cluster's nodes must have. Only names: values are never sent.
@@ -182,7 +183,7 @@ def submit(
                     entrypoint=entrypoint(output, package, environment, redo),
                     submission_id=identity,
                     runtime_env=runtime_env(package, modules),
-                    metadata={_OUTPUT: output},
+                    metadata=submission_metadata(output, package),
                 )
             except RuntimeError as error:
                 if "already exists" in str(error):
@@ -206,10 +207,12 @@ def entrypoint(output: str, package: JobPackage, needed: Sequence[str], redo: bo
 
 
 def _checked_output(output: str) -> str:
-    if "://" in output:
-        raise InputError(f"--output {output}: a run folder is a path that every node sees, not a URL")
+    if is_url(output):
+        return checked_url(output)
     if not output.startswith("/"):
-        raise InputError(f"--output {output}: give the absolute path of a folder that every node of the cluster sees")
+        raise InputError(
+            f"--output {output}: give a URL, or the absolute path of a folder that every node of the cluster sees"
+        )
     return posixpath.normpath(output)
 
 
@@ -225,7 +228,7 @@ def _refuse_values(names: Sequence[str]) -> None:
 
 def _next_id(output: str, jobs: Sequence[Any], address: str) -> str:
     """An id for the next job with this output. The server takes an id only once, so of two at the same time one is refused."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", posixpath.basename(output)).strip("-").lower()[:40]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", posixpath.basename(without_settings(output))).strip("-").lower()[:40]
     stem = f"ray-ensemble-{name}-{sha256_json(output)[:8]}-"
     earlier = [job for job in jobs if (job.submission_id or "").startswith(stem)]
     for job in earlier:

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ray_ensemble.cli import main as run_command
-from ray_ensemble.errors import InputError
+from ray_ensemble.config import dump_config, load_config
+from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import whole_folder, write_text
 from ray_ensemble.job_package import INPUTS, JobPackage
+from ray_ensemble.storage import run_place, store_at
 
 
 def arguments_for(output: str, digest: str | None, needed: Sequence[str], redo: bool) -> list[str]:
@@ -46,10 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--env {', '.join(missing)}: not set on the cluster; give it to the nodes (a mounted secret, the "
                 "container's environment), since values are not sent with a job"
             )
-        job = place_inputs(package, Path(options.output)) if package.digest else package.job
-    except InputError as error:
+        place = run_place(options.output)
+        if not package.digest:
+            job = package.job
+        else:
+            job = put_inputs(package, place) if isinstance(place, str) else place_inputs(package, place)
+    except (InputError, RunError) as error:
         print(f"ray-ensemble: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return run_command(["run", str(job), "--output", options.output, *(["--redo"] if options.redo else [])])
 
 
@@ -68,6 +74,40 @@ def place_inputs(package: JobPackage, output: Path) -> Path:
     except OSError as error:
         raise InputError(f"--output {output}: {target} cannot be written ({error.strerror})") from None
     return target / package.job.name
+
+
+def put_inputs(package: JobPackage, output: str) -> Path:
+    """As `place_inputs`, for a run at a URL: the job's sources become URLs, which every node can read.
+
+    Raises:
+        InputError: the store refuses it, or a data set that `hf:` names is among the inputs.
+        RunError: the store does not answer.
+    """
+    address, mark, settings = output.partition("?")
+    target = f"{address}.inputs/{package.digest}"
+    folder, config = package.folder.resolve(), load_config(package.job)
+
+    def placed(source: str) -> str:
+        local = Path(source.removeprefix("hf:"))
+        if not local.is_relative_to(folder):
+            return source
+        if source.startswith("hf:"):
+            raise InputError(
+                f"{source}: a saved data set cannot be sent with a job whose --output is a URL; put it where the head sees "
+                "it and give its absolute path"
+            )
+        return f"{target}/{local.relative_to(folder).as_posix()}{mark}{settings}"
+
+    model = config.model.model_copy(update={"source": placed(config.model.source)})
+    tasks = [task.model_copy(update={"source": placed(task.source)}) for task in config.tasks]
+    store = store_at(f"{target}{mark}{settings}")
+    for path in sorted((folder / INPUTS).rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and ((about := store.about(name)) is None or about.size != path.stat().st_size):
+            store.put(name, path)
+    job = folder / "at-url" / package.job.name
+    write_text(job, dump_config(config.model_copy(update={"model": model, "tasks": tasks})))
+    return job
 
 
 if __name__ == "__main__":

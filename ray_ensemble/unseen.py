@@ -12,8 +12,9 @@ import numpy as np
 from ray_ensemble.config import TaskConfig, load_config
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, write_json
-from ray_ensemble.run_folder import RunFolder
+from ray_ensemble.run_folder import open_run
 from ray_ensemble.runtime import prepare_environment
+from ray_ensemble.storage import run_files, run_place
 from ray_ensemble.tasks import Task, check_name, read_few, sample
 
 PROMPTS = 256  # that a dataset without labels is compared by, at most
@@ -39,18 +40,16 @@ def unseen_weights(run: str | Path, task_folder: str | Path, examples: int | Non
     from ray_ensemble.stages import Stages
 
     quiet_libraries()
-    run, path = Path(run), Path(task_folder)
-    ensemble = read_json(run / "ensemble.json", "ensemble; has the run come this far?")
+    place, path = run_place(run), Path(task_folder)
+    known = run_files(place)
+    ensemble = read_json(known / "ensemble.json", "ensemble; has the run come this far?")
     if not path.is_dir():
         raise InputError(f"--task-folder {path}: no such folder")
     task = read_few(path, TaskConfig(source=str(path)))
     check_name(task.name, str(path))
     if task.name in ensemble["weights"]:
-        raise InputError(
-            f"{path}: '{task.name}' is a dataset of this run, whose weights are in {run / 'ensemble.json'}"
-        )
-    folder = RunFolder(run, load_config(run / "config.yaml"))
-    with folder.lease(), ExitStack() as stack:
+        raise InputError(f"{path}: '{task.name}' is a dataset of this run, whose weights are in its ensemble.json")
+    with open_run(place, load_config(known / "config.yaml")) as folder, ExitStack() as stack:
         stages = Stages(folder, stack)
         labelled = sample(task["train"], examples)
         if len(labelled) > 1:
@@ -64,7 +63,7 @@ def unseen_weights(run: str | Path, task_folder: str | Path, examples: int | Non
             "adapters": ensemble["adapters"],
             **found,
         }
-        write_json(run / "unseen" / f"{task.name}.json", result)
+        write_json(folder / "unseen" / f"{task.name}.json", result)
     return result
 
 

@@ -23,6 +23,7 @@ from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.real_runs import RealRun, calibration_subsets, fine_tune, measured, reached
 from ray_ensemble.stages import Stages
+from ray_ensemble.storage import located
 from ray_ensemble.tasks import split_hash
 
 FORMAT = 2
@@ -131,7 +132,9 @@ def _approximation(stages: Stages, estimator: Estimator, runs: Sequence[RealRun]
         lifted |= {"shares": [np.round(each, 9).tolist() for each in shares], "distances": DISTANCES}
         units[sha256_json(about | lifted)[:16]] = LinearityUnit(probed, train=train, distances=DISTANCES)
         trained = {"adapter": sha256_file(run.folder / "adapter_model.safetensors")}
-        units[sha256_json(about | trained)[:16]] = LinearityUnit(probed, adapter=run.folder)
+        units[sha256_json(about | trained)[:16]] = LinearityUnit(
+            probed, adapter=located(stages.folder.path, run.folder)
+        )
     folder = stages.folder / "linearity"
     missing = {key: unit for key, unit in units.items() if not (folder / f"{key}.json").is_file()}
     if missing:

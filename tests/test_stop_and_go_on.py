@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,24 @@ TIMEOUT = 540.0
 
 
 class Driver:
-    """A `ray-ensemble run` in a process of its own."""
+    """A `ray-ensemble run`, or another verb, in a process of its own."""
 
-    def __init__(self, job: Path, output: Path) -> None:
+    def __init__(
+        self,
+        job: Path,
+        output: Path,
+        verb: str = "run",
+        changes: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.output = output
         self.log = (output.parent / "log.txt").open("a")
+        settings = [part for change in changes for part in ("--set", change)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ray_ensemble.cli", "run", str(job), "--output", str(output)],
+            [sys.executable, "-m", "ray_ensemble.cli", verb, str(job), "--output", str(output), *settings],
             stdout=self.log,
             stderr=subprocess.STDOUT,
+            env=environment,
         )
 
     def wait_for(self, what: str, condition: Callable[[], bool]) -> None:

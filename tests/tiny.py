@@ -15,7 +15,14 @@ OPTIONS = ("(A)", "(B)", "(C)", "(D)")
 
 
 def write_model(
-    folder: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0, heads: int = 4, kv_heads: int = 2
+    folder: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 32,
+    seed: int = 0,
+    heads: int = 4,
+    kv_heads: int = 2,
+    intermediate: int | None = None,
 ) -> Path:
     """A random Llama and a byte-level BPE tokenizer trained on the tests' own words."""
     import torch
@@ -36,7 +43,7 @@ def write_model(
     config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=intermediate or 2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

@@ -15,6 +15,7 @@ from ray_ensemble.ensemble.merge import VLLM_RANKS
 from ray_ensemble.ensemble.prediction import ensemble_parts
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, whole_folder
+from ray_ensemble.storage import run_files, run_place
 
 _VLLM_LORAS = 8  # --max-loras: adapters in one batch, for each of which vLLM sets GPU memory aside
 
@@ -69,7 +70,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
     Raises:
         InputError: no run is there, or it has not come to its ensemble.
     """
-    path = Path(folder)
+    path = run_files(run_place(folder))
     config = load_config(path / "config.yaml")
     read_json(path / "manifests" / "ensemble.json", "manifest of the ensemble; has the run come this far?")
     metrics = path / "metrics.json"

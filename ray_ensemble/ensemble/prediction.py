@@ -31,6 +31,7 @@ from ray_ensemble.models import (
     quiet_libraries,
 )
 from ray_ensemble.models.families import text_config
+from ray_ensemble.storage import run_files, run_place
 from ray_ensemble.tasks import EncodedExample, Example, Split, Task, encode_task, prompt_fields
 
 Request = tuple[str, Mapping[str, Any]]
@@ -58,7 +59,7 @@ class Predictor:
     """The ensembles of a run's datasets on one copy of the base. It serves one thread at a time.
 
     Args:
-        folder: a run folder whose ensemble stage is whole.
+        folder: a run folder, by path or URL, whose ensemble stage is whole.
         tasks: the datasets that requests may name; all of them by default. Only the adapters that they use are loaded.
         merged: use each dataset's merged adapter in place of its ensemble: one pass a request, equal to first order only.
 
@@ -67,7 +68,7 @@ class Predictor:
     """
 
     def __init__(self, folder: str | Path, tasks: Sequence[str] | None = None, merged: bool = False) -> None:
-        run = Path(folder)
+        run = run_files(run_place(folder))
         known = {entry["name"]: entry for entry in read_json(run / "tasks.json", "list of tasks")["tasks"]}
         for task in known if tasks is None else tasks:
             if task not in known:

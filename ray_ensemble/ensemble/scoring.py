@@ -6,7 +6,7 @@ Scores are filed under what they depend on (adapter, data, base), so that no sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ray_ensemble.models import (
 from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy, located
 from ray_ensemble.tasks import EncodedExample, EncodedTask, split_hash
 
 Scores = NDArray[np.float32]
@@ -39,9 +40,12 @@ Scores = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Scores wanted: of the adapter saved in `adapter` (None: the bare base) on `examples` of `task`."""
+    """Scores wanted: of the adapter saved in `adapter` (None: the bare base) on `examples` of `task`.
 
-    adapter: Path | None
+    Workers are told of the adapter as `storage.located` has it.
+    """
+
+    adapter: Path | str | None
     task: EncodedTask
     examples: tuple[EncodedExample, ...]
 
@@ -65,7 +69,7 @@ class ScoringReplica:
         torch.set_num_threads(threads)
         self._device = default_device()
         base = load_base(materialise(spec.source), spec.quantization, self._device)
-        self._model = attach_adapters(base, {"initial": Path(spec.initial_adapter)})
+        self._model = attach_adapters(base, {"initial": adapter_copy(spec.initial_adapter)})
         self._adapters = AdapterSwitch(self._model)
         self._pad_id = spec.pad_id
         self._batch_tokens = batch_tokens
@@ -106,7 +110,7 @@ def score_all(
         folder: the run folder; scores are kept in its `scores/`.
         title: of the progress bar.
     """
-    paths = [folder / "scores" / f"{request.task.name}-{_key(request, config, base)}.npy" for request in requests]
+    paths = score_paths(requests, config, base, folder)
     units = {path.stem: request for path, request in zip(paths, requests, strict=True) if not _is_scores(path, request)}
     tokens = sum(token_count(request) for request in requests)
     peak = 0
@@ -123,6 +127,11 @@ def score_all(
 
             # Longest first, so that no actor is left with a long unit at the end.
             ordered = dict(sorted(units.items(), key=lambda item: -token_count(item[1])))
+            places = {a: located(folder, a) for a in {r.adapter for r in units.values()} if isinstance(a, Path)}
+            ordered = {
+                name: replace(request, adapter=places[request.adapter]) if request.adapter in places else request
+                for name, request in ordered.items()
+            }
             if config.shards == 1:
                 arguments = (spec, config.threads, config.batch_tokens)
                 actors = PlainActors(ScoringReplica, arguments, config, size)
@@ -132,6 +141,28 @@ def score_all(
 
                 map_pipelines(ShardedScoring, "score", ordered, spec=spec, config=config, size=size, on_result=keep)
     return Scored(tuple(np.load(path, allow_pickle=False) for path in paths), tokens, peak)
+
+
+def score_paths(
+    requests: Sequence[ScoreRequest], config: GradientsConfig, base: dict[str, str], folder: Path
+) -> list[Path]:
+    """Where the scores of each request are kept: below `scores/`, by what they depend on.
+
+    Adapters and examples are many requests' own, and hashed once.
+    """
+    adapters: dict[Path | str | None, str | None] = {None: None}
+    data: dict[tuple[str, int], str] = {}  # by the identity of the examples, which the requests hold
+    paths = []
+    for request in requests:
+        adapter, examples = request.adapter, (request.task.name, id(request.examples))
+        if adapter is not None and adapter not in adapters:
+            adapters[adapter] = sha256_file(adapter_copy(adapter) / "adapter_model.safetensors")
+        if examples not in data:
+            data[examples] = split_hash(request.task, request.examples)
+        how = {"batch": config.batch_tokens, "threads": config.threads}
+        key = sha256_json({"adapter": adapters[adapter], "data": data[examples], "base": base, **how})[:16]
+        paths.append(folder / "scores" / f"{request.task.name}-{key}.npy")
+    return paths
 
 
 def batches_of(request: ScoreRequest, budget: int) -> list[list[int]]:
@@ -147,13 +178,6 @@ def token_count(request: ScoreRequest) -> int:
 def _lengths(request: ScoreRequest) -> list[int]:
     nodes = len(LabelTree.of(request.task.label_ids).tokens)
     return [len(e.prompt_ids) + nodes for e in request.examples]
-
-
-def _key(request: ScoreRequest, config: GradientsConfig, base: dict[str, str]) -> str:
-    adapter = None if request.adapter is None else sha256_file(request.adapter / "adapter_model.safetensors")
-    data = split_hash(request.task, request.examples)
-    how = {"batch": config.batch_tokens, "threads": config.threads}
-    return sha256_json({"adapter": adapter, "data": data, "base": base, **how})[:16]
 
 
 def _is_scores(path: Path, request: ScoreRequest) -> bool:

@@ -20,11 +20,11 @@ from ray_ensemble.tasks import EncodedExample
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """What a shard needs to know of a batch: examples of one task, and the adapter's folder and name (None: the bare base)."""
+    """What a shard needs to know of a batch: examples of one task, and the adapter and its name (None: the bare base)."""
 
     label_ids: tuple[tuple[int, ...], ...]
     examples: tuple[EncodedExample, ...]
-    adapter: Path | None
+    adapter: Path | str | None
     name: str | None
 
 

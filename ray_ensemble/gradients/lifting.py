@@ -26,6 +26,7 @@ from ray_ensemble.models import attach_adapters, default_device, load_base, mate
 from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy
 from ray_ensemble.tasks import EncodedTask
 
 _PREFIX = "base_model.model."  # of canonical names in a saved adapter
@@ -57,7 +58,7 @@ class LiftingReplica:
         torch.set_num_threads(threads)
         self._device = default_device()
         base = load_base(materialise(spec.source), spec.quantization, self._device)
-        self._model = attach_adapters(base, {"default": Path(spec.initial_adapter)})
+        self._model = attach_adapters(base, {"default": adapter_copy(spec.initial_adapter)})
         self._model.requires_grad_(False)
         self._pad_id = spec.pad_id
 

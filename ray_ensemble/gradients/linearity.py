@@ -35,6 +35,7 @@ from ray_ensemble.models import (
     materialise,
     quiet_libraries,
 )
+from ray_ensemble.storage import adapter_copy
 from ray_ensemble.tasks import EncodedExample
 
 Delta = dict[str, Tensor]  # change of each LoRA parameter by canonical name
@@ -52,7 +53,7 @@ class LinearityUnit:
 
     probed: tuple[tuple[tuple[tuple[int, ...], ...], tuple[EncodedExample, ...]], ...]
     train: tuple[tuple[tuple[tuple[int, ...], ...], tuple[EncodedExample, ...], NDArray[np.float64]], ...] = ()
-    adapter: Path | None = None
+    adapter: Path | str | None = None  # as `storage.located` tells workers of it
     distances: tuple[float, ...] = ()
 
 
@@ -195,7 +196,7 @@ class LinearityProbe:
         torch.set_num_threads(threads)
         self._device = default_device()
         base = load_base(materialise(spec.source), spec.quantization, self._device)
-        self._model = attach_adapters(base, {"default": Path(spec.initial_adapter)})
+        self._model = attach_adapters(base, {"default": adapter_copy(spec.initial_adapter)})
         self._model.requires_grad_(False)
         self._pad_id, self._batch_tokens = spec.pad_id, batch_tokens
 
@@ -208,7 +209,7 @@ class LinearityProbe:
             delta = lift(self._model, [(b, s) for b, s in weighted if s is not None])
             factors = [rho * length / norm(delta) for rho in unit.distances]
         else:
-            delta = self._to_adapter(unit.adapter, start)
+            delta = self._to_adapter(adapter_copy(unit.adapter), start)
             factors = [1.0]
         batches = [batch for ids, examples in unit.probed for batch, _ in self._batches(ids, examples)]
         base, predicted, real = margins_along(self._model, batches, delta, factors)

@@ -11,7 +11,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +31,7 @@ from ray_ensemble.models import (
 )
 from ray_ensemble.pool import PoolSize, bundle_of, map_units
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy
 from ray_ensemble.tasks import EncodedExample
 
 Unit = TypeVar("Unit")
@@ -57,10 +57,17 @@ class ShardHolder:
         folder = materialise(spec.source)
         self.layers = split_layers(layer_count(folder), config.shards)[shard]
         self.model = attach_adapters(
-            load_shard(folder, spec.quantization, self.device, self.layers), {"default": Path(spec.initial_adapter)}
+            load_shard(folder, spec.quantization, self.device, self.layers),
+            {"default": adapter_copy(spec.initial_adapter)},
         )
         self._weights = int(sum(p.nbytes for p in self.model.parameters()))
         self._pad_id = spec.pad_id
+
+    def node(self) -> str:
+        """The node that this shard is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def facts(self) -> dict[str, int]:
         """Bytes of the weights that this shard holds, and the most bytes that its process has held."""
@@ -119,6 +126,11 @@ class Pipeline:
         # Batches in the pipeline, of all units together: enough to keep every shard busy, and a bound on its memory.
         self._room = threading.Semaphore(2 * config.shards)
         ray.get([shard.facts.remote() for shard in self.shards])  # until all are loaded
+
+    def nodes(self) -> list[str]:
+        """The node of each shard."""
+        found: list[str] = self.get([shard.node.remote() for shard in self.shards])
+        return found
 
     def facts(self) -> list[dict[str, int]]:
         """Weights and peak memory of each shard, in bytes."""

@@ -5,13 +5,14 @@ Finished units are files; a rerun, after whatever was killed, computes only thos
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ray_ensemble.config import GradientsConfig
-from ray_ensemble.files import read_json, write_json
+from ray_ensemble.files import read_json, remove_leftovers, write_json
 from ray_ensemble.gradients.store import damage, split_folder
 from ray_ensemble.gradients.units import (
     SPLITS,
@@ -22,10 +23,12 @@ from ray_ensemble.gradients.units import (
     UnitResult,
     part_is_whole,
 )
+from ray_ensemble.metrics import current_figures
 from ray_ensemble.models import attach_adapters, default_device, load_base, materialise, quiet_libraries
 from ray_ensemble.pool import PlainActors, map_units, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy
 from ray_ensemble.tasks import EncodedTask
 
 T = TypeVar("T")
@@ -55,7 +58,7 @@ class GradientReplica:
         torch.set_num_threads(config.threads)
         self._device = default_device()
         base = load_base(materialise(spec.source), spec.quantization, self._device)
-        model = attach_adapters(base, {"default": Path(spec.initial_adapter)})
+        model = attach_adapters(base, {"default": adapter_copy(spec.initial_adapter)})
         projection = Projection(config.dim, config.seed, self._device, config.projection)
         self._collector = GradientCollector(model, projection)
         self._pad_id = spec.pad_id
@@ -150,10 +153,8 @@ def collect_gradients(
             **provenance,
         },
     )
-    for left in parts.glob("*.npz"):
-        left.unlink()
-    if parts.is_dir():
-        parts.rmdir()
+    shutil.rmtree(parts, ignore_errors=True)
+    remove_leftovers(folder)
     return summary
 
 
@@ -173,6 +174,7 @@ def _compute(
             peak = max(peak, result.peak_memory_bytes)
             if result.counts["halved_batches"]:
                 print(f"{unit_name}: batches were halved to fit into memory", flush=True)
+                current_figures().count("ensemble_memory_halvings")
             result.save(parts / f"{unit_name}.npz")
             bar.advance(len(units[unit_name].indices), unit_name.rpartition("-")[0])
 

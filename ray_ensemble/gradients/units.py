@@ -30,7 +30,10 @@ UNIT_EXAMPLES = 32
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """What a worker needs to load the base for itself: where it is, how to quantise it, θ₀, and a token id to pad with."""
+    """What a worker needs to load the base for itself: where it is, how to quantise it, θ₀, and a token id to pad with.
+
+    `initial_adapter` is a folder, or what `storage.located` makes of one.
+    """
 
     source: str
     quantization: str

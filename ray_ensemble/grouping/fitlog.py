@@ -82,7 +82,7 @@ def fingerprint(features: Sequence[TaskFeatures], config: JobConfig, truths: Seq
     training = config.training
     settings = {
         "estimator": config.estimator.model_dump(),
-        "search": config.search.model_dump(),
+        "search": config.search.model_dump(exclude={"wait_minutes"}),
         # The usual sampling goes without saying: logs are older than the choice.
         "training": [training.epochs, training.min_steps, training.batch_size]
         + ([] if training.sampling == "examples" else [training.sampling]),

@@ -24,7 +24,6 @@ import pandas
 import ray
 from numpy.typing import NDArray
 from ray import tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from ray_ensemble.config import JobConfig, SearchConfig, TrainingConfig
@@ -38,6 +37,7 @@ from ray_ensemble.files import write_json, write_text
 from ray_ensemble.grouping.cases import run_case, search_cases
 from ray_ensemble.grouping.fitlog import FitLog, Reference, fingerprint
 from ray_ensemble.grouping.result import SearchResult, best_result
+from ray_ensemble.runtime import shortfall
 
 Progress = Callable[[int, int], None]
 
@@ -56,6 +56,7 @@ COLUMNS = [
     "partition",
 ]
 TRIAL_RETRIES = 3  # of a trial whose node or process went away
+_TRIAL = {"CPU": 1.0}
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def run_search(
     `progress(done, total)` is called after every trial; `concurrency` bounds the trials that run at once (each has
     one CPU); λ is chosen by `truths`, if there are any. A search of the same inputs that was stopped goes on; one of other
     inputs is replaced.
-    `result.best_result` tells which trial wins. Settings that do not fit the tasks are an `InputError`, failed trials
-    a `RunError`.
+    `result.best_result` tells which trial wins. Settings that do not fit the tasks are an `InputError`; failed trials, and
+    a cluster that places none in time, a `RunError`.
     """
     started = time.perf_counter()
     cases = search_cases(config.search, len(features))
@@ -264,23 +265,49 @@ def _reference(
     return Reference(choice.value, choice.flops)
 
 
+@dataclass
+class _Listener:
+    """What `_OnTrial` tells, and how long no trial may run before the search gives up."""
+
+    on_trial: Callable[[int], None]
+    wait_minutes: float
+    since: float | None = None  # when no trial was running first
+
+    def check(self, running: bool) -> None:
+        """Raise `RunError` if the cluster has let all trials wait for too long."""
+        if running:
+            self.since = None
+            return
+        now = time.monotonic()
+        self.since = now if self.since is None else self.since
+        if now - self.since > 60.0 * self.wait_minutes:
+            raise RunError(
+                f"the cluster placed no trial in {self.wait_minutes:g} minutes (search.wait_minutes): {shortfall([_TRIAL])}"
+            )
+
+
 class _OnTrial(tune.Callback):  # type: ignore[misc]
-    """After every trial: save the new fits and tell the progress.
+    """After every trial: save the new fits and tell the progress. Before every step: look whether the cluster places any.
 
     Tune pickles its callbacks with the experiment and unpickles them when it goes on, so that this one holds nothing;
-    the function to call is looked up by the experiment's path.
+    what to call is looked up by the experiment's path.
     """
 
-    listeners: ClassVar[dict[str, Callable[[int], None]]] = {}
+    listeners: ClassVar[dict[str, _Listener]] = {}
 
     def __init__(self, experiment: str) -> None:
         self._experiment = experiment
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        listener = self.listeners.get(self._experiment)
+        if listener is not None:
+            listener.check(any(trial.status == "RUNNING" for trial in trials))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         listener = self.listeners.get(self._experiment)
         if listener is not None:
             # Tune calls before it marks the trial itself as finished.
-            listener(sum(1 for other in trials if other is trial or other.is_finished()))
+            listener.on_trial(sum(1 for other in trials if other is trial or other.is_finished()))
 
 
 def _run_trials(
@@ -293,8 +320,9 @@ def _run_trials(
     concurrency: int | None,
 ) -> list[dict[str, Any]]:
     """Run or go on with the Tune experiment under `path`; returns Tune's table, a row per trial, sorted."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Shared)
+    # Beside this process: a node that may be taken away must not hold what all trials need. Ray takes a soft affinity for a hint.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    actor = ray.remote(num_cpus=0, label_selector=here)(_Shared)
     shared = actor.remote([ray.put(inputs)], list(fits.known.values()))
     pulled = len(fits.known)
     experiment = str(path.resolve() / "tune")
@@ -307,11 +335,13 @@ def _run_trials(
         if progress is not None:
             progress(done, len(cases))
 
-    _OnTrial.listeners[experiment] = on_trial
+    _OnTrial.listeners[experiment] = _Listener(on_trial, inputs.search.wait_minutes)
     try:
         with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
             results = _tuner(shared, cases, experiment, concurrency).fit()
         on_trial(len(cases))
+    except ray.exceptions.RayActorError as error:  # a trial's own death is Tune's business
+        raise RunError(f"the actor that the search's trials share died: {error}; the same command goes on") from error
     finally:
         del _OnTrial.listeners[experiment]
         ray.kill(shared)
@@ -326,7 +356,7 @@ def _run_trials(
 
 def _tuner(shared: Any, cases: list[dict[str, Any]], experiment: str, concurrency: int | None) -> Any:
     """A tuner for the experiment: restored where it was stopped, fresh otherwise."""
-    trainable = tune.with_resources(tune.with_parameters(_Trial, shared=shared), {"CPU": 1})
+    trainable = tune.with_resources(tune.with_parameters(_Trial, shared=shared), _TRIAL)
     space = {"case": tune.grid_search(cases)}
     folder = Path(experiment)
     # A kill before Tune's first snapshot leaves a tuner without trials.

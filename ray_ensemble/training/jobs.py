@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,26 @@ from typing import Any
 from ray_ensemble.config import JobConfig, TrainingConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, sha256_json, write_json
+from ray_ensemble.metrics import Figures, current_figures
 from ray_ensemble.progress import Bar, console
-from ray_ensemble.runtime import cluster_cpus, cluster_gpus, may_grow, shortfall, watches_preemption
+from ray_ensemble.runtime import (
+    cluster_cpus,
+    cluster_gpus,
+    may_grow,
+    release_orphaned_groups,
+    shortfall,
+    watches_preemption,
+)
+from ray_ensemble.storage import bring, drop, run_copy, run_of, train_storage
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.loggers import check_loggers
-from ray_ensemble.training.packing import packs
-from ray_ensemble.training.worker import Pack, note_out_of_memory, read_row, train_worker
+from ray_ensemble.training.packing import packs, shared_workers, side_by_side
+from ray_ensemble.training.worker import Interruption, Pack, interruptions, note_interruption, read_row, train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
+_ORPHAN_S = 5.0  # for Ray to notice that a failed job's controller is gone
+_LOOK_SECONDS = 5.0  # between looks for logs of workers that do not see the folder
 FAILURES = "failures.json"
 
 
@@ -105,10 +117,15 @@ def _run_all(
     """Train `wanted` (by key); why a job failed, for those that did."""
     keys = list(wanted)
     longest = max(job.steps for job in wanted.values())
-    demands = {key: _demand(training, training.workers_of(job.steps, longest)) for key, job in wanted.items()}
     # A job that waits for resources costs a controller process that polls, so no more are submitted than fit.
-    least = min(demands.values(), key=lambda demand: demand.workers)
-    at_once = _fitting(least) if training.concurrency == "auto" else training.concurrency
+    if training.workers == "auto":
+        held = _fitting(_demand(training, 1)) if training.concurrency == "auto" else training.concurrency
+        workers = shared_workers([job.steps for job in wanted.values()], held, training.batch_size)
+        at_once = side_by_side(workers, held)
+    else:
+        workers = [training.workers_of(job.steps, longest) for job in wanted.values()]
+        at_once = _fitting(_demand(training, min(workers))) if training.concurrency == "auto" else training.concurrency
+    demands = {key: _demand(training, count) for key, count in zip(wanted, workers, strict=True)}
     ordered = [
         _named({keys[i]: wanted[keys[i]] for i in pack})
         for pack in packs([wanted[key].steps for key in keys], training.pack, at_once)
@@ -126,22 +143,34 @@ def _run_all(
             for pack in ordered
         }
         stop = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, stop), daemon=True)
+        figures = current_figures()
+        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, figures, stop), daemon=True)
         watcher.start()
         try:
             for future, pack in futures.items():
                 error = future.exception()
+                bring(folder, f"checkpoints/{pack.name}/failed", *(f"trained/{key}" for key in pack.jobs))
                 for key in pack.jobs:
                     if error is not None:
                         failures[key] = _reason(error, demands[key])
                     elif (record := pack.failure(folder, key)).exists():
                         failures[key] = read_json(record, "record of a failure")["reason"]
                 if not failures.keys() & pack.jobs.keys():
-                    shutil.rmtree(pack.folder(folder), ignore_errors=True)
+                    drop(folder, f"checkpoints/{pack.name}")
         finally:
             stop.set()
             watcher.join()
+    figures.count("ensemble_adapters_failed", len(failures))
+    if failures:
+        _await_orphans()
     return failures
+
+
+def _await_orphans() -> None:
+    """Give back what the controllers of failed jobs left held. Ray knows of their end a little later than we do."""
+    deadline = time.monotonic() + _ORPHAN_S
+    while not release_orphaned_groups() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _named(jobs: dict[str, AdapterJob]) -> Pack:
@@ -184,18 +213,51 @@ def _run_one(
     folder: Path,
     model: dict[str, Any],
 ) -> None:
+    """Train a pack; a run that a memory kill has ended is run again, from its last checkpoint, `max_failures` times.
+
+    Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and takes that for a
+    failure of its own, which it never tries again.
+    """
+    run = run_of(folder)
+    for left in reversed(range(training.max_failures + 1)):
+        noted = _memory_kills(run, pack)
+        try:
+            _trainer(pack, members, training, demand, folder, model).fit()
+            return
+        except Exception as error:
+            if not left or not is_memory_kill(error):
+                raise
+            if _memory_kills(run, pack) == noted:
+                with run_copy(run, pack.read_by(1)) as copy:
+                    note_interruption(pack.folder(copy.folder), "memory")
+
+
+def _memory_kills(run: str, pack: Pack) -> int:
+    """How often a worker of the pack was killed for its memory, as far as it was written down."""
+    with run_copy(run, pack.read_by(1)) as copy:
+        return interruptions(pack.folder(copy.folder)).count("memory")
+
+
+def _trainer(
+    pack: Pack,
+    members: list[EncodedTask],
+    training: TrainingConfig,
+    demand: _Demand,
+    folder: Path,
+    model: dict[str, Any],
+) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     once = 60.0 * training.wait_minutes / (_CONTROLLER_FAILURES + 1)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(once)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config={
             "pack": pack,
             "tasks": members,
             "training": training.model_copy(update={"workers": demand.workers}),
-            "folder": str(folder),
+            "run": run_of(folder),
             "model": model,
             "watched": watches_preemption(),
         },
@@ -205,36 +267,60 @@ def _run_one(
         ),
         run_config=ray.train.RunConfig(
             name=pack.name,
-            storage_path=str((folder / "checkpoints").resolve()),
+            **train_storage(folder),
             failure_config=ray.train.FailureConfig(
                 max_failures=training.max_failures,
                 max_preemption_failures=training.max_preemptions,
                 controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_memory_watch(pack.folder(folder))],
+            callbacks=[_interruption_watch(run_of(folder), pack), _group_release()],
         ),
     )
-    trainer.fit()
 
 
-def _memory_watch(checkpoints: Path) -> Any:
-    """A callback of Ray Train's controller that notes which workers were killed for their memory."""
+def _interruption_watch(run: str, pack: Pack) -> Any:
+    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory."""
     from ray.train import UserCallback
 
-    class MemoryWatch(UserCallback):  # type: ignore[misc]
+    class InterruptionWatch(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            if any(is_memory_kill(error) for error in worker_exceptions.values()):
-                note_out_of_memory(checkpoints)
+            with run_copy(run, pack.read_by(1)) as copy:
+                note_interruption(pack.folder(copy.folder), interruption(list(worker_exceptions.values())))
 
-    return MemoryWatch()
+    return InterruptionWatch()
+
+
+def interruption(errors: Sequence[BaseException]) -> Interruption:
+    """What ended workers, by their errors: memory before a pre-empted node, and that before any other failure."""
+    if any(is_memory_kill(error) for error in errors):
+        return "memory"
+    causes = [*errors, *(cause for error in errors if (cause := error.__cause__) is not None)]
+    return "preemption" if any(getattr(cause, "preempted", False) for cause in causes) else "failure"
+
+
+def _group_release() -> Any:
+    """A callback of Ray Train's controller that removes the placement group of an attempt that could not be set up.
+
+    Ray Train forgets it, and the next attempt would wait for the resources that it holds.
+    """
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class GroupRelease(WorkerGroupCallback):  # type: ignore[misc]
+        def before_worker_group_start(self, worker_group_context: Any) -> None:
+            import ray
+
+            release_orphaned_groups(ray.get_runtime_context().get_actor_id())
+
+    return GroupRelease()
 
 
 def is_memory_kill(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended the worker that this error is about."""
+    """Whether Ray's memory monitor ended a worker that this error, of one or of a whole Ray Train run, is about."""
     from ray.exceptions import OutOfMemoryError
 
-    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
+    causes = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    return any(isinstance(cause, OutOfMemoryError) or "running low on memory" in str(cause) for cause in causes)
 
 
 @dataclass
@@ -243,19 +329,31 @@ class _Told:
 
     step: int = 0
     batch_tokens: int | None = None
+    trained: bool = False
 
 
-def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Event) -> None:
+def _watch(running: Sequence[Pack], folder: Path, bar: Bar, figures: Figures, stop: threading.Event) -> None:
     """Turn the workers' logs into progress, and tell where memory made micro-batches smaller."""
     told = {key: _Told() for pack in running for key in pack.jobs}
-    seen = 0
+    seen, looked = 0, time.monotonic()
+    interrupted = {pack.name: len(interruptions(pack.folder(folder))) for pack in running}  # those of earlier runs too
     while True:
         ended = stop.wait(1.0)
+        release_orphaned_groups()  # or the jobs beside a failed one would wait for what it held
         notes = []
+        if time.monotonic() - looked > _LOOK_SECONDS:
+            looked = time.monotonic()
+            with suppress(InputError, RunError):  # the progress of workers elsewhere is late, then
+                bring(folder, *(name for pack in running for name in pack.told()))
         for pack in running:
+            for reason in interruptions(pack.folder(folder))[interrupted[pack.name] :]:
+                interrupted[pack.name] += 1
+                figures.count("ensemble_training_interruptions", reason=reason)
+                console.print(f"{_titles(pack)}: interrupted ({reason})", markup=False)
             for key, job in pack.jobs.items():
                 if (folder / "trained" / key / "result.json").exists():
-                    told[key] = replace(told[key], step=job.steps)
+                    figures.count("ensemble_adapters_trained", int(not told[key].trained))
+                    told[key] = replace(told[key], step=job.steps, trained=True)
                     continue
                 log = pack.log(folder, key)
                 last = read_row((log.read_text().splitlines() or [""])[-1]) if log.exists() else None
@@ -263,6 +361,7 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
                     continue
                 tokens = last.get("batch_tokens")
                 if tokens != told[key].batch_tokens:
+                    figures.count("ensemble_memory_halvings")
                     console.print(
                         f"{job.name}: memory ran out; micro-batches of {tokens} tokens from here", markup=False
                     )
@@ -274,6 +373,10 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, stop: threading.Even
             seen = steps
         if ended:
             return
+
+
+def _titles(pack: Pack) -> str:
+    return ", ".join(job.name for job in pack.jobs.values())
 
 
 def _reason(error: BaseException, demand: _Demand) -> str:
@@ -288,6 +391,9 @@ def _reason(error: BaseException, demand: _Demand) -> str:
         return f"the disk of the run folder is full; free some space ({reason})"
     if is_memory_kill(error):
         return f"killed for its memory, also with smaller micro-batches; lower training.concurrency ({reason})"
-    if "WorkerGroupStartupTimeout" in text or type(error).__name__ == "WorkerGroupStartupTimeoutError":
-        return f"no worker could start in training.wait_minutes: {shortfall(demand.bundles)} ({reason})"
+    if "Insufficient cluster resources" in text:  # what an autoscaler may start at most is less
+        most = next((line.strip() for line in lines if "maximum" in line), reason)
+        return f"the cluster can never give what is asked for: {shortfall(demand.bundles)} ({most})"
+    if type(getattr(error, "controller_failure", error)).__name__ == "WorkerGroupStartupTimeoutError":
+        return f"no worker could start in training.wait_minutes: {shortfall(demand.bundles)}"
     return reason

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import jsonl_appender, read_json, sha256_file, whole_folder, write_json
 from ray_ensemble.runtime import peak_memory_bytes
+from ray_ensemble.storage import adapter_copy, run_copy
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import ADAPTER_FILES, AdapterJob
 from ray_ensemble.training.learner import TrainingState
@@ -24,7 +25,8 @@ from ray_ensemble.training.loggers import Log, open_loggers
 if TYPE_CHECKING:
     from ray_ensemble.training.parallel import Workers
 
-_MEMORY = "out_of_memory.jsonl"
+_INTERRUPTIONS = "interruptions.jsonl"
+Interruption = Literal["memory", "preemption", "failure"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Pack:
         """Where a job's steps are logged while it trains."""
         return self.folder(run) / "logs" / f"{key}.jsonl"
 
+    def read_by(self, rank: int) -> tuple[str, ...]:
+        """Names in the run folder of what a worker reads of earlier attempts, besides checkpoints; the first one writes there."""
+        return tuple(
+            f"checkpoints/{self.name}/{name}" for name in (_INTERRUPTIONS, *(("logs", "failed") if rank == 0 else ()))
+        )
+
+    def told(self) -> tuple[str, ...]:
+        """Names in the run folder of what workers tell of how far they are."""
+        return tuple(f"checkpoints/{self.name}/{name}" for name in (_INTERRUPTIONS, "logs"))
+
     def failure(self, run: Path, key: str) -> Path:
         """Where a job says why it cannot be trained, if that is so: `{"reason": …}`."""
         return self.folder(run) / "failed" / f"{key}.json"
@@ -54,9 +66,18 @@ def train_worker(settings: dict[str, Any]) -> None:
     job; all workers meet it alike. Whatever else is raised makes Ray Train try again from the last checkpoint.
 
     Args:
-        settings: {"pack", "tasks" (of all its jobs), "training", "folder" (of the run), "model", "watched" (whether Ray Train
-            passes on notices of pre-emption)}.
+        settings: {"pack", "tasks" (of all its jobs), "training", "run" (what `storage.run_of` gives), "model", "watched" (whether
+            Ray Train passes on notices of pre-emption)}.
     """
+    import ray.train
+
+    pack, rank = settings["pack"], ray.train.get_context().get_world_rank()
+    with run_copy(settings["run"], pack.read_by(rank)) as copy:
+        _train_pack({**settings, "folder": copy.folder, "send": copy.send})
+
+
+def _train_pack(settings: dict[str, Any]) -> None:
+    """As `train_worker`; "folder" is the run folder or this worker's copy of it, and "send" puts up what is new in a copy."""
     import ray.train
     import torch
 
@@ -64,7 +85,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from ray_ensemble.training.parallel import make_workers
 
     pack: Pack = settings["pack"]
-    folder, source = Path(settings["folder"]), settings["model"]
+    folder, source = settings["folder"], settings["model"]
     device = default_device()
     training = within_memory(settings["training"], pack.folder(folder), device.type)
     quiet_libraries()
@@ -77,7 +98,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     if leads:
         shutil.rmtree(pack.folder(folder) / "failed", ignore_errors=True)
     starts = {
-        name: job.start.folder if job.start is not None else Path(source["initial_adapter"])
+        name: adapter_copy(job.start.folder if job.start is not None else source["initial_adapter"])
         for name, job in _names(pack).items()
     }
     where, quantization = materialise(source["source"]), source["quantization"]
@@ -123,12 +144,13 @@ def _train(
     from ray_ensemble.training.loop import train_adapter
     from ray_ensemble.training.together import AdapterRun, train_together
 
-    folder, pad_id = Path(settings["folder"]), settings["model"]["pad_id"]
+    folder, pad_id = settings["folder"], settings["model"]["pad_id"]
     tasks: dict[str, EncodedTask] = {task.name: task for task in settings["tasks"]}
 
     def on_checkpoint(step: int, save: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             save(Path(temporary))
+            settings["send"]()  # the log has all steps of a checkpoint before there is one
             ray.train.report(
                 {"step": step},
                 checkpoint=ray.train.Checkpoint.from_directory(temporary) if leads else None,
@@ -209,15 +231,21 @@ def _keep(
         )
 
 
-def note_out_of_memory(checkpoints: Path) -> None:
-    """Write down that the operating system or Ray killed a worker of this pack for its memory."""
-    jsonl_appender(checkpoints / _MEMORY)({"killed": "out of memory"})
+def note_interruption(checkpoints: Path, reason: Interruption) -> None:
+    """Write down why workers of this pack ended before their time."""
+    jsonl_appender(checkpoints / _INTERRUPTIONS)({"reason": reason})
+
+
+def interruptions(checkpoints: Path) -> list[Interruption]:
+    """Why workers of this pack ended before their time, in order."""
+    file = checkpoints / _INTERRUPTIONS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [row["reason"] for line in lines if (row := read_row(line)) is not None]
 
 
 def within_memory(training: TrainingConfig, checkpoints: Path, device: str) -> TrainingConfig:
     """The settings with micro-batches halved once for every time that a worker on such a device was killed for its memory."""
-    file = checkpoints / _MEMORY
-    kills = len(file.read_text().splitlines()) if file.exists() else 0
+    kills = interruptions(checkpoints).count("memory")
     return training.model_copy(update={"batch_tokens": max(1, training.tokens_of(device) >> kills)})
 
 

@@ -16,9 +16,11 @@ import crd
 import jsonschema
 import pytest
 import yaml
+from ray._raylet import NODE_MARKET_TYPE_ENV, RAY_NODE_MARKET_TYPE_KEY
 
 from ray_ensemble.cli import main
 from ray_ensemble.config import load_config
+from ray_ensemble.runtime import MARKET_TYPE
 from ray_ensemble.version import __version__
 
 REPOSITORY = Path(__file__).parents[2]
@@ -143,6 +145,21 @@ def test_only_spot_workers_may_go_to_spot_nodes(name):
         assert {toleration["key"] for toleration in pod["spec"].get("tolerations", [])} <= {"nvidia.com/gpu"}
 
 
+def test_the_label_is_rays():
+    assert MARKET_TYPE == RAY_NODE_MARKET_TYPE_KEY
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_pods_tell_ray_whether_they_may_be_taken_away(name):
+    """A driver refuses to run where the label says spot."""
+    found = {part: pod["metadata"]["labels"][MARKET_TYPE] for part, pod in pods(name).items()}
+    assert found == {"head": "on-demand", "gpu-on-demand": "on-demand", "gpu-spot": "spot"}
+    for pod in pods(name).values():
+        for container in pod["spec"]["containers"]:
+            (variable,) = [v for v in container["env"] if v["name"] == NODE_MARKET_TYPE_ENV]
+            assert variable["valueFrom"]["fieldRef"]["fieldPath"] == f"metadata.labels['{MARKET_TYPE}']"
+
+
 @pytest.mark.parametrize("name", CUSTOM)
 def test_the_token_and_secrets_are_references(name):
     assert cluster_spec(name)["authOptions"] == {"mode": "token", "secretName": "ray-ensemble-token"}
@@ -194,6 +211,8 @@ def test_clouds_have_the_same_shape(name):
     assert config["idle_timeout_minutes"] > 0
     spot = {kind for kind, facts in types.items() if re.search(r"\bspot\b", json.dumps(facts["node_config"]), re.I)}
     assert spot == {"gpu_spot"}
+    labels = {kind: facts["labels"] for kind, facts in types.items()}
+    assert labels == {kind: {MARKET_TYPE: "spot" if kind in spot else "on-demand"} for kind in types}
 
 
 @pytest.mark.parametrize("name", CLOUDS)

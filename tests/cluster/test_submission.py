@@ -16,8 +16,10 @@ from tiny import write_task
 from ray_ensemble import submit
 from ray_ensemble.cli import main
 from ray_ensemble.errors import InputError
+from ray_ensemble.job_metadata import submission_metadata, without_secrets
 from ray_ensemble.job_package import pack_job
 from ray_ensemble.submission import LogReader, entrypoint, runtime_env
+from ray_ensemble.version import __version__
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0123456789",
@@ -42,7 +44,7 @@ def nowhere() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("output", ["runs/first", "s3://bucket/first", "./first"])
+@pytest.mark.parametrize("output", ["runs/first", "./first"])
 def test_an_output_that_is_no_absolute_path_is_refused(job, output):
     with pytest.raises(InputError, match=r"--output .*every node"):
         submit(job, address="http://127.0.0.1:1", output=output)
@@ -134,3 +136,36 @@ def test_nothing_of_the_environment_is_sent(job, tmp_path, monkeypatch):
         f"exec python -m ray_ensemble.submitted --output '/runs/a b' --inputs {package.digest} --env HF_TOKEN "
         "--env WANDB_API_KEY --env AWS_SECRET_ACCESS_KEY --env RAY_AUTH_TOKEN --redo"
     )
+
+
+def test_metadata_name_the_run_its_base_and_its_tasks(tmp_path):
+    write_task(tmp_path / "data" / "films")
+    write_task(tmp_path / "data" / "phones")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    tasks = ["data", "hf:a/b", "/on/the/cluster"]
+    wanted = {"ray_ensemble_run": "first", "ray_ensemble_output": "/runs/first", "ray_ensemble_version": __version__}
+    for model, shown, chosen, count in [
+        ("./model", "model", tasks, "at least 4"),
+        ("a/b", "a/b", tasks[:2], "3"),
+        ("s3://bucket/m?region=eu-1", "s3://bucket/m", ["hf:a/b"], "1"),
+    ]:
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump({"model": {"source": model}, "tasks": chosen}))
+        folder = tmp_path / f"package-{count}"
+        folder.mkdir()
+        found = submission_metadata("/runs/first", pack_job(tmp_path / "job.yaml", [], folder))
+        assert found == {**wanted, "ray_ensemble_model": shown, "ray_ensemble_tasks": count}
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("s3://key:secret@bucket/run?versionId=secret", "s3://bucket/run"),
+        ("s3://bucket/run#secret", "s3://bucket/run"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("/runs/who@where?", "/runs/who@where?"),
+        ("pypi:evals==3.0.1/a.jsonl", "pypi:evals==3.0.1/a.jsonl"),
+    ],
+)
+def test_urls_are_shown_without_what_may_be_a_key(source, shown):
+    assert without_secrets(source) == shown

@@ -180,6 +180,10 @@ def test_a_job_is_followed_to_its_end_and_its_output_is_its_own(head, job, wheel
     known = requests.get(f"{head.address}/api/jobs/", headers=bearer(), timeout=30).text
     assert identity in known
     assert SECRET not in known
+    listed = [entry["metadata"] or {} for entry in json.loads(known) if entry["submission_id"] == identity]
+    assert [about["ray_ensemble_run"] for about in listed] == ["first"]
+    assert listed[0]["ray_ensemble_output"] == str(output)
+    assert (listed[0]["ray_ensemble_model"], listed[0]["ray_ensemble_tasks"]) == ("model", "2")
     # The same again finds everything done.
     code, told = head.submit(job, "--output", output, "--wheel", wheel, "--set", "training.seed=5")
     assert code == 0, told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def assert_same_bytes(ours: Path, theirs: Path) -> None:
 def test_two_replicas_write_the_bytes_of_one(setting, one_replica, tmp_path):
     collect(setting, tmp_path / "gradients", replicas=2)
     assert_same_bytes(tmp_path / "gradients", one_replica.folder)
+
+
+def test_what_a_kill_left_half_written_is_removed(setting, one_replica, tmp_path):
+    folder = tmp_path / "gradients"
+    shutil.copytree(one_replica.folder, folder)
+    for left in (folder / ".parts" / ".films-train-0.npz.ab.tmp", folder / "films" / ".train.cd.tmp" / "margins.npy"):
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"torn")
+    collect(setting, folder, replicas=1)
+    assert_same_bytes(folder, one_replica.folder)
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("shards", [2, 4])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ensemble.config import Range, TrainingConfig
-from ray_ensemble.training.packing import packs
+from ray_ensemble.training.packing import packs, shared_workers, side_by_side
 
 
 @settings(max_examples=200, deadline=None)
@@ -42,3 +42,36 @@ def test_workers_follow_the_size_of_a_job():
     fixed, ranged = TrainingConfig(workers=2), TrainingConfig(workers=Range(min=1, max=4))
     assert [fixed.workers_of(steps, 400) for steps in (400, 100)] == [2, 2]
     assert [ranged.workers_of(steps, 400) for steps in (400, 300, 200, 100, 10)] == [4, 3, 2, 1, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=20), st.integers(1, 64), st.integers(1, 16))
+def test_workers_are_shared_by_steps_within_what_there_is(steps, held, most):
+    workers = shared_workers(steps, held, most)
+    assert all(1 <= count <= most for count in workers)
+    if most >= held:
+        assert sum(workers) >= min(held, sum(steps)), "nothing lies idle"
+    at_once = side_by_side(workers, held)
+    assert at_once == 1 or sum(sorted(workers)[-at_once:]) <= held, "whichever run, they fit"
+    for one, its in zip(steps, workers, strict=True):
+        for other, theirs in zip(steps, workers, strict=True):
+            assert one <= other or its >= theirs, "a longer job has no fewer workers"
+
+
+def test_a_baseline_with_the_steps_of_all_groups_gets_half():
+    assert shared_workers([4, 1, 1, 1, 1], 16, 16) == [8, 2, 2, 2, 2]
+    assert shared_workers([4, 1, 1, 1, 1], 16, 4) == [4, 3, 3, 3, 3]
+    assert shared_workers([5, 5, 5], 3, 8) == shared_workers([9, 1, 1], 2, 8) == [1, 1, 1]
+    # More groups than fit run in turn beside the baseline, which still has half.
+    many = shared_workers([32, *[1] * 32], 16, 8)
+    assert many == [8, *[1] * 32]
+    assert side_by_side(many, 16) == 9
+    assert side_by_side([3, 3], 2) == 1
+
+
+def test_auto_is_not_for_packs_or_shares_of_a_gpu():
+    assert TrainingConfig(workers="auto", batch_size=1).most_workers == 1
+    with pytest.raises(ValueError, match="pack: several adapters"):
+        TrainingConfig(workers="auto", pack=2)
+    with pytest.raises(ValueError, match="several workers cannot share a GPU"):
+        TrainingConfig(workers="auto", gpus=0.5)

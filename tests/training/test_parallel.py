@@ -140,6 +140,7 @@ def test_every_row_has_one_worker_and_collective_passes_are_as_many_on_all(tasks
         ({"workers": 2, "gpus": 0.5}, "several workers cannot share a gpu"),
         ({"strategy": "zero4"}, "'none', 'zero2', 'zero3' or 'fsdp2'"),
         ({"workers": 0}, "greater than or equal to 1"),
+        ({"workers": "many"}, "'auto', or a valid integer, or a valid dictionary"),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused_with_what_to_do(whole_job, tmp_path, changes, message):

@@ -10,7 +10,7 @@ from test_parallel import alone, assert_same_format, initial, needs_deepspeed, t
 from ray_ensemble.config import load_config
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json
-from ray_ensemble.training import AdapterJob, train_adapters
+from ray_ensemble.training import AdapterJob, jobs, train_adapters
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {"batch_size": 6, "checkpoint_every": 4, "batch_tokens": 60, "early_stop": "{every: 3, patience: 9}"}
@@ -36,6 +36,23 @@ def test_two_workers_under_zero3_leave_the_adapter_of_one(
     assert (found.steps, found.tokens) == (8, alone[0].state.tokens)
     assert read_json(found.folder / "result.json")["peak_memory_bytes"] > 0
     assert not (tmp_path / "checkpoints" / found.key).exists()
+
+
+def test_auto_gives_a_job_that_is_alone_all_that_may_run_at_once(
+    ray_cluster, whole_job, tiny_model, initial, tasks, alone, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    asked, run_one = [], jobs._run_one
+
+    def seen(*arguments):
+        asked.append(arguments[3].workers)
+        run_one(*arguments)
+
+    monkeypatch.setattr(jobs, "_run_one", seen)
+    found = train(whole_job, tiny_model, initial, tasks, tmp_path, workers="auto", concurrency=2, cpus=0.5)
+    assert asked == [2]
+    rows = [json.loads(line) for line in (found.folder / "train.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone[0].rows], rel=1e-3)
+    assert found.tokens == alone[0].state.tokens
 
 
 def test_more_workers_than_the_cluster_holds_are_refused(

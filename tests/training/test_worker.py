@@ -8,8 +8,8 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from ray_ensemble.config import TrainingConfig
-from ray_ensemble.training.jobs import is_memory_kill
-from ray_ensemble.training.worker import note_out_of_memory, read_row, within_memory
+from ray_ensemble.training.jobs import interruption, is_memory_kill
+from ray_ensemble.training.worker import interruptions, note_interruption, read_row, within_memory
 
 
 def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_path):
@@ -17,9 +17,12 @@ def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_
     found = []
     for _ in range(12):
         found.append(within_memory(training, tmp_path / "checkpoints" / "job", "cpu").batch_tokens)
-        note_out_of_memory(tmp_path / "checkpoints" / "job")
+        note_interruption(tmp_path / "checkpoints" / "job", "memory")
+        note_interruption(tmp_path / "checkpoints" / "job", "preemption")
     assert found[:5] == [600, 300, 150, 75, 37]
     assert found[-1] == 1
+    assert interruptions(tmp_path / "checkpoints" / "job") == ["memory", "preemption"] * 12
+    assert interruptions(tmp_path / "none") == []
     unset = TrainingConfig()
     assert within_memory(unset, tmp_path / "checkpoints" / "job", "cpu").batch_tokens == 1
     for device in ("cpu", "cuda"):
@@ -37,6 +40,16 @@ def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_
 )
 def test_kills_for_memory_are_told_from_other_deaths(error, wanted):
     assert is_memory_kill(error) is wanted
+
+
+def test_pre_empted_nodes_are_told_from_failures_also_as_causes():
+    gone, wrapped = ActorDiedError(), RuntimeError("the health check failed")
+    gone._preempted = True
+    wrapped.__cause__ = gone
+    assert interruption([RuntimeError("boom"), ActorDiedError()]) == "failure"
+    assert interruption([RuntimeError("boom"), gone]) == "preemption"
+    assert interruption([wrapped]) == "preemption"
+    assert interruption([gone, OutOfMemoryError("Task was killed")]) == "memory"
 
 
 def test_a_row_that_a_kill_cut_off_is_no_row():
