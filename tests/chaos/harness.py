@@ -94,8 +94,8 @@ class Node:
         raise AssertionError(told)
 
     def pids(self) -> list[int]:
-        """Its processes, workers and all."""
-        return [*children_of(self.process.pid), self.process.pid]
+        """Its processes, workers and all, and those of its session that have lost their parents."""
+        return [*{*children_of(self.process.pid), *_session(self.process.pid)}, self.process.pid]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to all of them at once."""
@@ -108,6 +108,16 @@ class Node:
         self.signal(signal.SIGSTOP)  # so that none starts another meanwhile
         self.signal(signal.SIGKILL)
         self.process.wait(30)
+
+
+def _session(leader: int) -> list[int]:
+    """All living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError, IndexError):
+            if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(entry.name))
+    return found
 
 
 class Nodes:
