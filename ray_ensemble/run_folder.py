@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,8 @@ class RunFolder:
 
         def beat() -> None:
             while not stop.wait(_BEAT_SECONDS):
-                write_json(file, {**owner, "heartbeat": time.time()})
+                with suppress(OSError):  # a disk that is full may have room for the next beat
+                    write_json(file, {**owner, "heartbeat": time.time()})
 
         write_json(file, {**owner, "heartbeat": time.time()})
         thread = threading.Thread(target=beat, daemon=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import yaml
 
+from ray_ensemble import run_folder
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
+from ray_ensemble.files import write_json
 from ray_ensemble.run_folder import LEASE_SECONDS, STAGES, RunFolder
 
 
@@ -155,3 +159,31 @@ def test_stages_that_train_for_themselves_depend_on_how(tmp_path, settings, key,
     again = RunFolder(tmp_path / "run", job(**settings, training={key: value}), redo=True)
     place = STAGES.index(first)
     assert [again.finished(stage) for stage in STAGES] == [True] * place + [False] * (len(STAGES) - place)
+
+
+def test_a_heartbeat_that_finds_the_disk_full_does_not_end_the_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_BEAT_SECONDS", 0.01)
+    beats, full = [], threading.Event()
+
+    def write(file, content):
+        beats.append(content["heartbeat"])
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(file, content)
+
+    monkeypatch.setattr(run_folder, "write_json", write)
+    folder = RunFolder(tmp_path / "run", job())
+    with folder.lease():
+        full.set()
+        failed = len(beats)
+        wait_for(lambda: len(beats) > failed + 2)
+        full.clear()
+        before = json.loads((folder / "lease.json").read_text())["heartbeat"]
+        wait_for(lambda: json.loads((folder / "lease.json").read_text())["heartbeat"] > before)
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
