@@ -30,11 +30,12 @@ SHARDED = ["gradients.shards=2", "training.strategy=zero3", "training.workers=2"
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    write_task(folder / "tasks" / "films", seed=1, train=48, validation=24, test=20)
-    write_task(folder / "tasks" / "contrary", flip=True, seed=3, train=48, validation=24, test=20)
+    # Two tasks that contradict each other in one group, so that there is something left for a booster.
+    write_task(folder / "tasks" / "films", seed=1, train=64, validation=40, test=20)
+    write_task(folder / "tasks" / "contrary", flip=True, seed=3, train=64, validation=40, test=20)
     return write_job(
         folder, write_model(folder / "model", layers=4), folder / "tasks",
-        gradients={"dim": 64, "replicas": 1}, search={"groups": [2], "trials": 1}, boosting={"steps": 1},
+        gradients={"dim": 64, "replicas": 1}, search={"groups": [1], "trials": 1}, boosting={"steps": 1},
         training={"epochs": 1, "min_steps": 4, "learning_rate": 1.0e-3},
     )  # fmt: skip
 
