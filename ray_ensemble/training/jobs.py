@@ -28,9 +28,11 @@ from ray_ensemble.runtime import (
 from ray_ensemble.storage import bring, drop, run_copy, run_of, train_storage
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
+from ray_ensemble.training.callbacks import group_release, interruption_watch, is_memory_kill
 from ray_ensemble.training.loggers import check_loggers
+from ray_ensemble.training.pack import Pack, interruptions, note_interruption, read_row
 from ray_ensemble.training.packing import packs, shared_workers, side_by_side
-from ray_ensemble.training.worker import Interruption, Pack, interruptions, note_interruption, read_row, train_worker
+from ray_ensemble.training.worker import train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
 _ORPHAN_S = 5.0  # for Ray to notice that a failed job's controller is gone
@@ -274,53 +276,9 @@ def _trainer(
                 controller_failure_limit=_CONTROLLER_FAILURES,
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[_interruption_watch(run_of(folder), pack), _group_release()],
+            callbacks=[interruption_watch(run_of(folder), pack), group_release()],
         ),
     )
-
-
-def _interruption_watch(run: str, pack: Pack) -> Any:
-    """A callback of Ray Train's controller that notes why workers were lost: micro-batches get smaller where it was memory."""
-    from ray.train import UserCallback
-
-    class InterruptionWatch(UserCallback):  # type: ignore[misc]
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            with run_copy(run, pack.read_by(1)) as copy:
-                note_interruption(pack.folder(copy.folder), interruption(list(worker_exceptions.values())))
-
-    return InterruptionWatch()
-
-
-def interruption(errors: Sequence[BaseException]) -> Interruption:
-    """What ended workers, by their errors: memory before a pre-empted node, and that before any other failure."""
-    if any(is_memory_kill(error) for error in errors):
-        return "memory"
-    causes = [*errors, *(cause for error in errors if (cause := error.__cause__) is not None)]
-    return "preemption" if any(getattr(cause, "preempted", False) for cause in causes) else "failure"
-
-
-def _group_release() -> Any:
-    """A callback of Ray Train's controller that removes the placement group of an attempt that could not be set up.
-
-    Ray Train forgets it, and the next attempt would wait for the resources that it holds.
-    """
-    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-
-    class GroupRelease(WorkerGroupCallback):  # type: ignore[misc]
-        def before_worker_group_start(self, worker_group_context: Any) -> None:
-            import ray
-
-            release_orphaned_groups(ray.get_runtime_context().get_actor_id())
-
-    return GroupRelease()
-
-
-def is_memory_kill(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended a worker that this error, of one or of a whole Ray Train run, is about."""
-    from ray.exceptions import OutOfMemoryError
-
-    causes = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
-    return any(isinstance(cause, OutOfMemoryError) or "running low on memory" in str(cause) for cause in causes)
 
 
 @dataclass

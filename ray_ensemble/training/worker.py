@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.errors import InputError, RunError
@@ -21,42 +19,10 @@ from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import ADAPTER_FILES, AdapterJob
 from ray_ensemble.training.learner import TrainingState
 from ray_ensemble.training.loggers import Log, open_loggers
+from ray_ensemble.training.pack import Pack, interruptions, read_row
 
 if TYPE_CHECKING:
     from ray_ensemble.training.parallel import Workers
-
-_INTERRUPTIONS = "interruptions.jsonl"
-Interruption = Literal["memory", "preemption", "failure"]
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Adapters that one Ray Train run trains: its name, and the jobs by key. Most packs hold one."""
-
-    name: str
-    jobs: dict[str, AdapterJob]
-
-    def folder(self, run: Path) -> Path:
-        """Where Ray Train keeps the pack's checkpoints."""
-        return run / "checkpoints" / self.name
-
-    def log(self, run: Path, key: str) -> Path:
-        """Where a job's steps are logged while it trains."""
-        return self.folder(run) / "logs" / f"{key}.jsonl"
-
-    def read_by(self, rank: int) -> tuple[str, ...]:
-        """Names in the run folder of what a worker reads of earlier attempts, besides checkpoints; the first one writes there."""
-        return tuple(
-            f"checkpoints/{self.name}/{name}" for name in (_INTERRUPTIONS, *(("logs", "failed") if rank == 0 else ()))
-        )
-
-    def told(self) -> tuple[str, ...]:
-        """Names in the run folder of what workers tell of how far they are."""
-        return tuple(f"checkpoints/{self.name}/{name}" for name in (_INTERRUPTIONS, "logs"))
-
-    def failure(self, run: Path, key: str) -> Path:
-        """Where a job says why it cannot be trained, if that is so: `{"reason": …}`."""
-        return self.folder(run) / "failed" / f"{key}.json"
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -231,31 +197,10 @@ def _keep(
         )
 
 
-def note_interruption(checkpoints: Path, reason: Interruption) -> None:
-    """Write down why workers of this pack ended before their time."""
-    jsonl_appender(checkpoints / _INTERRUPTIONS)({"reason": reason})
-
-
-def interruptions(checkpoints: Path) -> list[Interruption]:
-    """Why workers of this pack ended before their time, in order."""
-    file = checkpoints / _INTERRUPTIONS
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [row["reason"] for line in lines if (row := read_row(line)) is not None]
-
-
 def within_memory(training: TrainingConfig, checkpoints: Path, device: str) -> TrainingConfig:
     """The settings with micro-batches halved once for every time that a worker on such a device was killed for its memory."""
     kills = interruptions(checkpoints).count("memory")
     return training.model_copy(update={"batch_tokens": max(1, training.tokens_of(device) >> kills)})
-
-
-def read_row(line: str) -> dict[str, Any] | None:
-    """A row of a log, or None where a kill cut it off."""
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row
 
 
 def _cut_logs(pack: Pack, folder: Path, checkpoint: Any) -> None:

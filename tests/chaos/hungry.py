@@ -47,7 +47,7 @@ def main(source: Path, folder: Path) -> None:
     from ray_ensemble.config import JobConfig, ModelConfig, TaskConfig
     from ray_ensemble.gradients import ReplicaSpec
     from ray_ensemble.training import train_adapters
-    from ray_ensemble.training.worker import interruptions
+    from ray_ensemble.training.pack import interruptions
 
     job, training = job_and_settings()
     config = JobConfig(

@@ -24,7 +24,8 @@ from ray_ensemble.storage import lease as lease_module
 from ray_ensemble.tasks import EncodedExample, EncodedTask
 from ray_ensemble.training import jobs
 from ray_ensemble.training.cache import AdapterJob, StartingPoint, finished
-from ray_ensemble.training.worker import Pack, note_interruption, within_memory
+from ray_ensemble.training.pack import Pack, note_interruption
+from ray_ensemble.training.worker import within_memory
 
 CONFIG = JobConfig.model_validate({"model": {"source": "a/b"}, "tasks": ["/data"]})
 EXAMPLE = EncodedExample((1, 2, 3), 0, False)

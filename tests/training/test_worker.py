@@ -8,8 +8,9 @@ import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from ray_ensemble.config import TrainingConfig
-from ray_ensemble.training.jobs import interruption, is_memory_kill
-from ray_ensemble.training.worker import interruptions, note_interruption, read_row, within_memory
+from ray_ensemble.training.callbacks import interruption, is_memory_kill
+from ray_ensemble.training.pack import interruptions, note_interruption, read_row
+from ray_ensemble.training.worker import within_memory
 
 
 def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_path):
