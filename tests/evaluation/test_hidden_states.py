@@ -59,10 +59,10 @@ def test_files_are_kept_and_only_what_is_missing_is_computed(ray_cluster, tmp_pa
     folder = write("LlamaConfig", FAMILIES["llama"][1], tmp_path / "model")
     examples = examples_of(12, LABELS["single"])
     tasks = [task("one", examples[:5]), task("two", examples[5:])]
-    spec, config = ReplicaSpec(str(folder), "none", "unused", 0), GradientsConfig(replicas=2)
+    spec, config = ReplicaSpec(str(folder), "none", "unused", 0), GradientsConfig(replicas=1)
     base = {"model": "m", "quantization": "none", "adapter": "θ₀"}
     run = tmp_path / "run"
-    found = mean_hidden_states(tasks, spec, config, base, run)
+    found = mean_hidden_states(tasks, spec, GradientsConfig(replicas=2), base, run)
     assert found.dtype == np.float64
     want = alone(folder, examples)
     np.testing.assert_allclose(found, [want[:5].mean(axis=0), want[5:].mean(axis=0)], rtol=1e-4, atol=1e-5)

@@ -74,7 +74,7 @@ def test_what_a_kill_left_half_written_is_removed(setting, one_replica, tmp_path
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_replicas_give_the_same_features(setting, one_replica, tmp_path, shards, wide_cluster):
     store = collect(setting, tmp_path / "gradients", replicas=4 // shards, shards=shards)
     for task in store.tasks:
@@ -147,6 +147,7 @@ def test_killed_actor_leaves_no_trace_in_the_store(setting, one_replica, tmp_pat
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_node_that_goes_away_leaves_no_trace_in_the_store(setting, one_replica, tmp_path):
     script = Path(__file__).parent / "node_loss.py"
     _, spec = setting

@@ -217,6 +217,7 @@ print("whole", flush=True)
 
 @pytest.mark.ray
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_partition(ray_cluster, tmp_path):
     """SIGKILL to the driver in mid-search; the trials that were whole are not run again."""
     import ray
