@@ -2,6 +2,7 @@
 
 They are told where progress is told, by the driver alone, so that nothing counts twice. A figure costs a few microseconds; where
 Ray does not run, or refuses one, the run goes on without. Labels have few values: a run's name, its stages, units of work.
+Ray's agent drops a gauge that two of its reports in a row did not have, so a run tells its gauges again and again until it ends.
 
     with run_figures("first") as figures:
         figures.stage("gradients", RUNNING)
@@ -11,6 +12,7 @@ Ray does not run, or refuses one, the run goes on without. Labels have few value
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 WAITING, RUNNING, WHOLE, FAILED = 0, 1, 2, 3  # values of `ensemble_stage`
+TOLD_AGAIN_S = 5.0  # Ray reports every ten seconds unless told otherwise (`metrics_report_interval_ms`)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Figures:
         self._stage = ""
         self._kept: dict[tuple[str, tuple[str, ...]], float] = {}
         self._connected = self._off = False
+        self._lock = threading.Lock()
 
     def stage(self, name: str, state: int, seconds: float | None = None) -> None:
         """Say how a stage stands (`WAITING` … `FAILED`), and how long it took if it is whole; later figures are of the stage
@@ -94,25 +98,44 @@ class Figures:
         """Add a value to a histogram."""
         self._tell(name, value)
 
+    def tell_gauges_again(self) -> None:
+        """Say all gauges as they were last, lest they be taken for a dead process's."""
+        with self._quietly():
+            if _ray_is_up() and not self._off:
+                self._record_kept()
+
     def _tell(self, name: str, value: float, **labels: str) -> None:
         if self._off:
             return
         figure = FIGURES[name]
         known = {"run": self._run, "stage": self._stage, **labels}
         values = tuple(known[label] for label in figure.labels)
-        try:
+        with self._quietly():
             if figure.kind == "gauge":
                 self._kept[name, values] = value
             if not _ray_is_up():
                 return
             if not self._connected:
                 self._connected = True
-                for (kept, its), last in self._kept.items():
-                    _record(kept, dict(zip(FIGURES[kept].labels, its, strict=True)), last)
+                self._record_kept()
             _record(name, dict(zip(figure.labels, values, strict=True)), value)
-        except Exception as error:  # whatever Ray has against it: a run does not fail by being watched
-            self._off = True
-            print(f"no more figures for Prometheus: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+    def _record_kept(self) -> None:
+        for (name, values), value in self._kept.items():
+            _record(name, dict(zip(FIGURES[name].labels, values, strict=True)), value)
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """One thread at a time. Whatever Ray has against it is said once: a run does not fail by being watched."""
+        with self._lock:
+            try:
+                yield
+            except Exception as error:
+                if not self._off:
+                    print(
+                        f"no more figures for Prometheus: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+                    )
+                self._off = True
 
 
 class _NoFigures(Figures):
@@ -130,11 +153,22 @@ _made: dict[str, Any] = {}  # Ray's objects, by name; one serves all sessions of
 @contextmanager
 def run_figures(run: str) -> Iterator[Figures]:
     """The figures of a run, current until the block ends. Threads that the block starts have to be handed theirs."""
-    token = _current.set(Figures(run))
+    figures = Figures(run)
+    ended = threading.Event()
+
+    def tell_again() -> None:
+        while not ended.wait(TOLD_AGAIN_S):
+            figures.tell_gauges_again()
+
+    teller = threading.Thread(target=tell_again, name="figures", daemon=True)
+    token = _current.set(figures)
+    teller.start()
     try:
-        yield _current.get()
+        yield figures
     finally:
         _current.reset(token)
+        ended.set()
+        teller.join()
 
 
 def current_figures() -> Figures:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,20 @@ def test_stages_say_how_they_stand(told, tmp_path, whole_job, monkeypatch):
     assert last(told)["ensemble_stage", "first", "tasks"] == FAILED
 
 
+def test_gauges_are_told_again_until_the_run_ends_and_counters_are_not(told, monkeypatch):
+    monkeypatch.setattr(metrics, "TOLD_AGAIN_S", 0.01)
+    with run_figures("first") as figures:
+        figures.stage("search", RUNNING)
+        figures.count("ensemble_actors_lost")
+        first = len(told)
+        while len(told) < first + 5:
+            time.sleep(0.01)
+    after = len(told)
+    assert set(map(str, told[first:])) == {str(("ensemble_stage", {"run": "first", "stage": "search"}, RUNNING))}
+    time.sleep(0.1)
+    assert len(told) == after
+
+
 def test_labels_have_few_values():
     assert {label for figure in FIGURES.values() for label in figure.labels} == {"run", "stage", "unit", "reason"}
 
@@ -218,58 +233,78 @@ class Frail:
         return unit
 
 
-def exported() -> dict[str, list[tuple[dict[str, str], float]]]:
-    """What this node's exporter has, by name: labels and values."""
-    import ray
+class Watcher(threading.Thread):
+    """Reads this node's exporter each second, as Prometheus would, and keeps each series' last value."""
 
-    node = next(found for found in ray.nodes() if found["NodeID"] == ray.get_runtime_context().get_node_id())
-    text = requests.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=60).text
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M):
-        found.setdefault(name, []).append((dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)))
-    return found
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: dict[str, dict[frozenset[tuple[str, str]], float]] = {}
+        self._end = threading.Event()
 
+    def __enter__(self) -> Watcher:
+        self.start()
+        return self
 
-def of_run(found: dict[str, Any], name: str, run: str, **labels: str) -> float | None:
-    wanted = {"run": run, **labels}
-    return next((value for its, value in found.get(name, []) if wanted.items() <= its.items()), None)
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self.join()
+
+    def run(self) -> None:
+        import ray
+
+        node = next(found for found in ray.nodes() if found["NodeID"] == ray.get_runtime_context().get_node_id())
+        while not self._end.wait(1):
+            text = requests.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=60).text
+            for name, labels, value in re.findall(r"^(\w+)(?:\{(.*)\})? (\S+)$", text, re.M):
+                series = frozenset(re.findall(r'(\w+)="([^"]*)"', labels))
+                self.seen.setdefault(name, {})[series] = float(value)
+
+    def of_run(self, name: str, run: str, **labels: str) -> float | None:
+        wanted = {"run": run, **labels}.items()
+        return next((value for its, value in self.seen.get(name, {}).items() if wanted <= dict(its).items()), None)
+
+    def wait_for(self, name: str, run: str) -> None:
+        deadline = time.monotonic() + 180
+        while self.of_run(name, run) is None:
+            assert time.monotonic() < deadline, f"the exporter does not have {name}"
+            time.sleep(0.5)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_is_seen_at_the_exporter_and_so_is_all_that_the_dashboard_asks_for(ray_cluster, whole_job, tmp_path):
-    folder = Job.from_yaml(whole_job, ["training.pack=3", "search.trials=2"]).run(tmp_path / "watched").folder
     lost: list[str] = []
-    with run_figures("frail") as figures:
-        figures.stage("gradients", RUNNING)
-        size = PoolSize(1, 1)
-        actors = PlainActors(Frail, (tmp_path,), GradientsConfig(), size)
-        map_units(actors, "work", {"a": "a", "b": "dies"}, size=size, on_result=lambda name, _: lost.append(name))
-        # What this machine does not do: a cluster where everything happened.
-        for name in ("ensemble_adapters_failed", "ensemble_memory_halvings", "ensemble_preemptions"):
-            figures.count(name)
-        figures.count("ensemble_training_interruptions", reason="memory")
-    deadline = time.monotonic() + 180
-    while of_run(found := exported(), "ray_ensemble_training_interruptions_total", "frail") is None:
-        assert time.monotonic() < deadline, "the exporter does not have it"
-        time.sleep(1)
+    with Watcher() as exported:
+        folder = Job.from_yaml(whole_job, ["training.pack=3", "search.trials=2"]).run(tmp_path / "watched").folder
+        with run_figures("frail") as figures:
+            figures.stage("gradients", RUNNING)
+            size = PoolSize(1, 1)
+            actors = PlainActors(Frail, (tmp_path,), GradientsConfig(), size)
+            map_units(actors, "work", {"a": "a", "b": "dies"}, size=size, on_result=lambda name, _: lost.append(name))
+            # What this machine does not do: a cluster where everything happened.
+            for name in ("ensemble_adapters_failed", "ensemble_memory_halvings", "ensemble_preemptions"):
+                figures.count(name)
+            figures.count("ensemble_training_interruptions", reason="memory")
+            exported.wait_for("ray_ensemble_training_interruptions_total", "frail")
     for stage in STAGES:
-        assert of_run(found, "ray_ensemble_stage", "watched", stage=stage) == WHOLE
+        assert exported.of_run("ray_ensemble_stage", "watched", stage=stage) == WHOLE
         seconds = json.loads((folder / "manifests" / f"{stage}.json").read_text())["seconds"]
-        assert of_run(found, "ray_ensemble_stage_seconds", "watched", stage=stage) == pytest.approx(seconds)
-    examples = of_run(found, "ray_ensemble_total", "watched", stage="gradients", unit="examples")
-    assert examples == of_run(found, "ray_ensemble_done", "watched", stage="gradients", unit="examples") == 4 * (24 + 8)
+        assert exported.of_run("ray_ensemble_stage_seconds", "watched", stage=stage) == pytest.approx(seconds)
+    gradients = {"stage": "gradients", "unit": "examples"}
+    assert exported.of_run("ray_ensemble_total", "watched", **gradients) == 4 * (24 + 8)
+    assert exported.of_run("ray_ensemble_done", "watched", **gradients) == 4 * (24 + 8)
     trained = len(json.loads((folder / "partition.json").read_text())["groups"]) + 1
-    assert of_run(found, "ray_ensemble_adapters_trained_total", "watched", stage="train") == trained
-    assert of_run(found, "ray_ensemble_actors_lost_total", "watched") is None
+    assert exported.of_run("ray_ensemble_adapters_trained_total", "watched", stage="train") == trained
+    assert exported.of_run("ray_ensemble_actors_lost_total", "watched") is None
     assert sorted(lost) == ["a", "b"]
-    assert of_run(found, "ray_ensemble_actors_lost_total", "frail") == 1
-    assert of_run(found, "ray_ensemble_unit_seconds_count", "frail") == 2
+    assert exported.of_run("ray_ensemble_actors_lost_total", "frail") == 1
+    assert exported.of_run("ray_ensemble_unit_seconds_count", "frail") == 2
     # Every name of ours is there as we say, and so is every name of Ray's that the dashboard asks for.
-    assert exported_names() <= found.keys()
+    found = set(exported.seen)
+    assert exported_names() <= found
     assert {name for name in found if name.startswith("ray_ensemble_")} <= exported_names()
     from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
     asked = set().union(*map(names_in, EXPRESSIONS))
     assert {f"ray_{name}" for name in METRICS_GAUGES} >= GPU
-    assert asked - found.keys() <= GPU
+    assert asked - found <= GPU
