@@ -337,8 +337,13 @@ def _run_trials(
 
     _OnTrial.listeners[experiment] = _Listener(on_trial, inputs.search.wait_minutes)
     try:
-        with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
-            results = _tuner(shared, cases, experiment, concurrency).fit()
+        for left in reversed(range(TRIAL_RETRIES + 1)):
+            with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
+                results = _tuner(shared, cases, experiment, concurrency).fit()
+            # Two calls of an actor that fail at once are more than Tune forgives a trial.
+            lost = [isinstance(error, ray.exceptions.RayActorError) for error in results.errors]
+            if not left or not lost or not all(lost):
+                break
         on_trial(len(cases))
     except ray.exceptions.RayActorError as error:  # a trial's own death is Tune's business
         raise RunError(f"the actor that the search's trials share died: {error}; the same command goes on") from error

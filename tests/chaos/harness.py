@@ -356,7 +356,7 @@ class Ledger:
     versions: dict[str, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
     rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # of each log, repeated ones too
     restarts: list[tuple[int, int]] = field(default_factory=list)  # (newest checkpoint, first step that was made again)
-    settled: set[str] = field(default_factory=set)  # trials that Tune had written down as finished
+    settled: dict[str, int] = field(default_factory=dict)  # results of trials when Tune wrote them down as finished
 
     FINISHED = (
         "gradients/.parts/*.npz",
@@ -389,7 +389,7 @@ class Ledger:
         Training may only repeat steps after the newest checkpoint that Ray Train had registered, which may lack the last one.
         """
         assert {name: found for name, found in self.versions.items() if len(found) > 1} == {}
-        assert {trial: rows for trial in self.settled if (rows := self._trial_rows(trial)) != 1} == {}
+        assert {trial: now for trial, then in self.settled.items() if (now := self._trial_rows(trial)) != then} == {}
         for newest, again in self.restarts:
             assert again >= newest - 2 * EVERY, (newest, again)
 
@@ -409,7 +409,8 @@ class Ledger:
                         self.versions[str(path.relative_to(self.folder))].add((found.st_ino, found.st_mtime_ns))
             with suppress(FileNotFoundError):
                 for path in self.folder.glob("search/tune/experiment_state-*.json"):
-                    self.settled |= _settled_trials(path)
+                    for trial in _settled_trials(path) - self.settled.keys():
+                        self.settled[trial] = self._trial_rows(trial)
                 for path in self.folder.glob("checkpoints/*/logs/*.jsonl"):
                     self._read(path)
 
