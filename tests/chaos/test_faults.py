@@ -30,7 +30,23 @@ CPU = torch.device("cpu")
 LOST = {
     "RAY_testing_rpc_failure": json.dumps({"*": {"num_failures": -1, "req_failure_prob": 2, "resp_failure_prob": 2}})
 }
-LATE = {"RAY_testing_asio_delay_us": "*=0:20000"}  # every step of Ray's event loops, by up to 20 ms
+# Messages that carry our work, each by up to 0.3 s. Where all steps of Ray's event loops are late ("*") they change places, and
+# Ray's own processes die of that.
+LATE_MESSAGES = (
+    "CoreWorkerService.grpc_server.PushTask",
+    "CoreWorkerService.grpc_server.GetObjectStatus",
+    "NodeManagerService.grpc_server.RequestWorkerLease",
+    "NodeManagerService.grpc_server.ReturnWorkerLease",
+    "NodeManagerService.grpc_server.PrepareBundleResources",
+    "NodeManagerService.grpc_server.CommitBundleResources",
+    "ObjectManagerService.grpc_server.Pull",
+    "ObjectManagerService.grpc_server.Push",
+    "ActorInfoGcsService.grpc_server.RegisterActor",
+    "ActorInfoGcsService.grpc_server.CreateActor",
+    "PlacementGroupInfoGcsService.grpc_server.CreatePlacementGroup",
+    "PlacementGroupInfoGcsService.grpc_server.RemovePlacementGroup",
+)
+LATE = {"RAY_testing_asio_delay_us": ",".join(f"{message}=0:300000" for message in LATE_MESSAGES)}
 STANDS_STILL_S = 20.0
 
 
