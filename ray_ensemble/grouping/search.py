@@ -9,6 +9,7 @@ all at once; that changes estimates by less than 1e-6 of a nat, so that fits on 
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -272,9 +273,19 @@ class _Listener:
     on_trial: Callable[[int], None]
     wait_minutes: float
     since: float | None = None  # when no trial was running first
+    failed: OSError | None = None  # what could not be written after a trial
+
+    def tell(self, done: int) -> None:
+        """Call `on_trial`; Tune would take its failure for the trial's, so that it waits for `check`."""
+        try:
+            self.on_trial(done)
+        except OSError as error:
+            self.failed = error
 
     def check(self, running: bool) -> None:
-        """Raise `RunError` if the cluster has let all trials wait for too long."""
+        """Raise what could not be written, or `RunError` if the cluster has let all trials wait for too long."""
+        if self.failed is not None:
+            raise self.failed
         if running:
             self.since = None
             return
@@ -307,7 +318,7 @@ class _OnTrial(tune.Callback):  # type: ignore[misc]
         listener = self.listeners.get(self._experiment)
         if listener is not None:
             # Tune calls before it marks the trial itself as finished.
-            listener.on_trial(sum(1 for other in trials if other is trial or other.is_finished()))
+            listener.tell(sum(1 for other in trials if other is trial or other.is_finished()))
 
 
 def _run_trials(
@@ -322,7 +333,9 @@ def _run_trials(
     """Run or go on with the Tune experiment under `path`; returns Tune's table, a row per trial, sorted."""
     # Beside this process: a node that may be taken away must not hold what all trials need. Ray takes a soft affinity for a hint.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    actor = ray.remote(num_cpus=0, label_selector=here)(_Shared)
+    actor = ray.remote(num_cpus=0, label_selector=here, max_task_retries=TRIAL_RETRIES)(
+        _Shared
+    )  # all its calls may be repeated
     shared = actor.remote([ray.put(inputs)], list(fits.known.values()))
     pulled = len(fits.known)
     experiment = str(path.resolve() / "tune")
@@ -337,26 +350,39 @@ def _run_trials(
 
     _OnTrial.listeners[experiment] = _Listener(on_trial, inputs.search.wait_minutes)
     try:
-        for left in reversed(range(TRIAL_RETRIES + 1)):
-            with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
-                results = _tuner(shared, cases, experiment, concurrency).fit()
-            # Two calls of an actor that fail at once are more than Tune forgives a trial.
-            lost = [isinstance(error, ray.exceptions.RayActorError) for error in results.errors]
-            if not left or not lost or not all(lost):
-                break
+        rows = _fit(lambda: _tuner(shared, cases, experiment, concurrency), len(cases), Path(experiment))
         on_trial(len(cases))
     except ray.exceptions.RayActorError as error:  # a trial's own death is Tune's business
         raise RunError(f"the actor that the search's trials share died: {error}; the same command goes on") from error
     finally:
         del _OnTrial.listeners[experiment]
         ray.kill(shared)
-    if results.errors:
-        raise RunError(f"{len(results.errors)} of {len(cases)} search trials failed; the first: {results.errors[0]}")
-    table = results.get_dataframe()[COLUMNS].sort_values(["m", "method", "seed"])
-    if len(table) != len(cases):
-        raise RunError(f"the search ended with {len(table)} trials of {len(cases)}; remove {path} to start it again")
-    rows: list[dict[str, Any]] = table.to_dict("records")
     return rows
+
+
+def _fit(tuner: Callable[[], Any], trials: int, experiment: Path) -> list[dict[str, Any]]:
+    """Run or go on with an experiment until every trial has a result: Tune's table, sorted.
+
+    Raises:
+        RunError: trials failed, or left no result however often they were tried.
+        OSError: the disk is full.
+    """
+    for left in reversed(range(TRIAL_RETRIES + 1)):
+        with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
+            results = tuner().fit()
+        errors = results.errors
+        if any(os.strerror(errno.ENOSPC) in str(error) for error in errors):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(experiment))
+        # Two calls of an actor that fail at once are more than Tune forgives a trial.
+        if errors and not (left and all(isinstance(error, ray.exceptions.RayActorError) for error in errors)):
+            raise RunError(f"{len(errors)} of {trials} search trials failed; the first: {errors[0]}")
+        table = results.get_dataframe().reindex(columns=COLUMNS).dropna(subset=["objective"])
+        if not errors and len(table) == trials:
+            rows: list[dict[str, Any]] = table.sort_values(["m", "method", "seed"]).to_dict("records")
+            return rows
+        if not errors:  # a full disk took results of trials that Tune counts as done; their fits are kept
+            shutil.rmtree(experiment)
+    raise RunError(f"the search ended with {len(table)} trials of {trials}; remove {experiment} to start it again")
 
 
 def _tuner(shared: Any, cases: list[dict[str, Any]], experiment: str, concurrency: int | None) -> Any:
