@@ -416,6 +416,8 @@ class Ledger:
 
     def _read(self, log: Path) -> None:
         step, before = _last_step(log), self._last.get(log.stem, -1)
+        if step < 0:  # cut before the first row, or about to be removed with its finished job
+            return
         if step < before:
             newest = [int(p.name.removeprefix("step-")) for p in log.parents[1].glob("step-*")]
             self.restarts.append((max(newest, default=0), step + 1))
