@@ -60,7 +60,7 @@ def test_messages_between_rays_processes_are_lost_or_late(reference, environment
         driver_on(nodes, reference.job, output, "run", MANY_TRIES) as driver,
     ):
         driver.finish()
-    ledger.assert_nothing_twice()
+    ledger.assert_nothing_twice(unregistered=3)  # the answer that told Ray Train of a checkpoint may be lost, too
     assert_undisturbed(output, reference)
 
 
