@@ -31,6 +31,7 @@ def validated(finished_run: Path, whole_job: Path, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_truth_is_what_the_fine_tuned_adapters_reach(validated: Path, whole_job: Path):
     from ray_ensemble.models import LabelTree, attach_adapters, label_scores, load_base, load_tokenizer, make_batch
     from ray_ensemble.stages import encode_all
@@ -61,6 +62,7 @@ def test_truth_is_what_the_fine_tuned_adapters_reach(validated: Path, whole_job:
     assert found["loss_error"] == pytest.approx(np.mean(errors))
 
 
+@pytest.mark.slow
 def test_again_trains_nothing_and_says_the_same(validated: Path, whole_job: Path, capsys):
     before = (validated / "validation.json").read_bytes()
     stamps = {path: path.stat().st_mtime_ns for path in (validated / "trained").rglob("*")}
@@ -73,9 +75,9 @@ def test_again_trains_nothing_and_says_the_same(validated: Path, whole_job: Path
 
 
 @pytest.mark.parametrize(("subsets", "repeats", "said"), [(0, 0, "at least one"), (2, 3, "0 to 2"), (99, 0, "only 4")])
-def test_counts_that_make_no_sense_are_refused(validated: Path, whole_job: Path, subsets, repeats, said):
+def test_counts_that_make_no_sense_are_refused(finished_run: Path, whole_job: Path, subsets, repeats, said):
     with pytest.raises(InputError, match=said):
-        Job.from_yaml(whole_job).validate(validated, subsets=subsets, repeats=repeats)
+        Job.from_yaml(whole_job).validate(finished_run, subsets=subsets, repeats=repeats)
 
 
 @pytest.mark.slow

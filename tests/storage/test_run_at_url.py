@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -338,6 +339,7 @@ def test_an_owner_that_was_taken_over_ends_and_writes_nothing_more(s3, monkeypat
     """Told by its heartbeat, which interrupts it, or by the next look before it writes."""
     taker = {"id": "taker", "host": "elsewhere", "machine": "other", "pid": 7, "started": "1", "heartbeat": time.time()}
     monkeypatch.setattr(lease_module, "BEAT_SECONDS", beat)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def run() -> None:
         with open_run(s3, job()) as folder:
@@ -350,8 +352,11 @@ def test_an_owner_that_was_taken_over_ends_and_writes_nothing_more(s3, monkeypat
             time.sleep(30 if beat < 1 else 0)  # is interrupted
             finish(folder, "tasks")
 
-    with pytest.raises(RunError, match="taken over by process 7 on elsewhere"):
-        run()
+    try:
+        with pytest.raises(RunError, match="taken over by process 7 on elsewhere"):
+            run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     store = Store(s3)
     assert json.loads(store.read("lease.json"))["id"] == "taker", "the new owner's lease was taken away"
     assert "late" not in store.list()
