@@ -101,19 +101,17 @@ class Figures:
     def tell_gauges_again(self) -> None:
         """Say all gauges as they were last, lest they be taken for a dead process's."""
         with self._quietly():
-            if _ray_is_up() and not self._off:
+            if not self._off and _ray_is_up():
                 self._record_kept()
 
     def _tell(self, name: str, value: float, **labels: str) -> None:
-        if self._off:
-            return
         figure = FIGURES[name]
         known = {"run": self._run, "stage": self._stage, **labels}
         values = tuple(known[label] for label in figure.labels)
         with self._quietly():
             if figure.kind == "gauge":
                 self._kept[name, values] = value
-            if not _ray_is_up():
+            if self._off or not _ray_is_up():
                 return
             if not self._connected:
                 self._connected = True
@@ -131,11 +129,8 @@ class Figures:
             try:
                 yield
             except Exception as error:
-                if not self._off:
-                    print(
-                        f"no more figures for Prometheus: {type(error).__name__}: {error}", file=sys.stderr, flush=True
-                    )
                 self._off = True
+                print(f"no more figures for Prometheus: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 class _NoFigures(Figures):

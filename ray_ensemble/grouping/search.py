@@ -333,9 +333,8 @@ def _run_trials(
     """Run or go on with the Tune experiment under `path`; returns Tune's table, a row per trial, sorted."""
     # Beside this process: a node that may be taken away must not hold what all trials need. Ray takes a soft affinity for a hint.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    actor = ray.remote(num_cpus=0, label_selector=here, max_task_retries=TRIAL_RETRIES)(
-        _Shared
-    )  # all its calls may be repeated
+    # All its calls may be repeated.
+    actor = ray.remote(num_cpus=0, label_selector=here, max_task_retries=TRIAL_RETRIES)(_Shared)
     shared = actor.remote([ray.put(inputs)], list(fits.known.values()))
     pulled = len(fits.known)
     experiment = str(path.resolve() / "tune")
@@ -373,16 +372,17 @@ def _fit(tuner: Callable[[], Any], trials: int, experiment: Path) -> list[dict[s
         errors = results.errors
         if any(os.strerror(errno.ENOSPC) in str(error) for error in errors):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(experiment))
-        # Two calls of an actor that fail at once are more than Tune forgives a trial.
-        if errors and not (left and all(isinstance(error, ray.exceptions.RayActorError) for error in errors)):
+        if errors:
+            # Two calls of an actor that fail at once are more than Tune forgives a trial.
+            if left and all(isinstance(error, ray.exceptions.RayActorError) for error in errors):
+                continue
             raise RunError(f"{len(errors)} of {trials} search trials failed; the first: {errors[0]}")
         table = results.get_dataframe().reindex(columns=COLUMNS).dropna(subset=["objective"])
-        if not errors and len(table) == trials:
+        if len(table) == trials:
             rows: list[dict[str, Any]] = table.sort_values(["m", "method", "seed"]).to_dict("records")
             return rows
-        if not errors:  # a full disk took results of trials that Tune counts as done; their fits are kept
-            shutil.rmtree(experiment)
-    raise RunError(f"the search ended with {len(table)} trials of {trials}; remove {experiment} to start it again")
+        shutil.rmtree(experiment)  # a full disk took results of trials that Tune counts as done; their fits are kept
+    raise RunError(f"the search ended with {len(table)} trials of {trials}; the same command tries again")
 
 
 def _tuner(shared: Any, cases: list[dict[str, Any]], experiment: str, concurrency: int | None) -> Any:
