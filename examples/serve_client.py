@@ -27,6 +27,7 @@ import aiohttp
 import numpy as np
 
 from ray_ensemble.config import load_config
+from ray_ensemble.storage import run_files, run_place
 from ray_ensemble.tasks import load_tasks
 
 MALFORMED = [
@@ -38,9 +39,9 @@ MALFORMED = [
 ]
 
 
-def mixed_rows(run: Path, count: int) -> list[dict[str, Any]]:
+def mixed_rows(run: str, count: int) -> list[dict[str, Any]]:
     """Test rows of the run's datasets in a random order that is always the same; fewer rows than `count` come again."""
-    config = load_config(run / "config.yaml")
+    config = load_config(run_files(run_place(run)) / "config.yaml")
     rows = [
         {"task": task.name, **example.fields}
         for task in load_tasks(config.tasks, config.limits, Path.cwd())
@@ -57,9 +58,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def verb(name: str, run: Path, *options: str) -> list[str]:
+def verb(name: str, run: str, *options: str) -> list[str]:
     """A command line of ray-ensemble, with this Python."""
-    return [sys.executable, "-m", "ray_ensemble.cli", name, str(run), *options]
+    return [sys.executable, "-m", "ray_ensemble.cli", name, run, *options]
 
 
 async def healthy(url: str, server: subprocess.Popen[bytes], seconds: float) -> None:
@@ -109,7 +110,7 @@ async def ask(
     )
 
 
-def predicted(run: Path, rows: list[dict[str, Any]], merged: bool) -> list[dict[str, Any]]:
+def predicted(run: str, rows: list[dict[str, Any]], merged: bool) -> list[dict[str, Any]]:
     """What `ray-ensemble predict` says of the same rows."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "rows.jsonl", Path(folder) / "answers.jsonl"
@@ -138,7 +139,7 @@ def differences(
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("run", help="the run folder, or its URL")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--concurrency", type=int, default=200, help="requests under way at once")
     parser.add_argument("--merged", action="store_true", help="as for serve and predict")

@@ -17,6 +17,7 @@ import torch
 from harness import Ledger, Nodes, assert_undisturbed, copy_before, driver_on, memory_group
 from hungry import BATCH_TOKENS, INTERMEDIATE, encoded_tasks, job_and_settings
 from safetensors.torch import load_file
+from small_disk import small_disk
 from tiny import write_model
 
 from ray_ensemble.config import AdapterConfig
@@ -115,16 +116,8 @@ def test_a_worker_that_ray_kills_for_its_memory_goes_on_with_smaller_micro_batch
 
 @pytest.fixture
 def small_output(tmp_path: Path) -> Iterator[Path]:
-    """A folder for a run on a file system of 8 MiB of its own."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "run", 8) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("stage", ["gradients", "search", "ensemble"])

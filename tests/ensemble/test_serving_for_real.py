@@ -59,12 +59,12 @@ def test_too_many_requests_get_503_and_the_rest_their_answers(run):
     finally:
         sys.path.remove(str(EXAMPLES))
     port = serve_client.free_port()
-    command = serve_client.verb("serve", run, "--port", str(port), "--batch-size", "1", "--queue", "2")
+    command = serve_client.verb("serve", str(run), "--port", str(port), "--batch-size", "1", "--queue", "2")
     server = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "RAY_ENSEMBLE_TOKEN": "x"})
     try:
         asyncio.run(serve_client.healthy(f"http://127.0.0.1:{port}", server, 600))
         os.environ["RAY_ENSEMBLE_TOKEN"] = "x"
-        asked = serve_client.mixed_rows(run, 200)
+        asked = serve_client.mixed_rows(str(run), 200)
         answers = asyncio.run(statuses(f"http://127.0.0.1:{port}", asked))
         server.send_signal(signal.SIGTERM)
         assert server.wait(120) == 0

@@ -23,6 +23,7 @@ from ray_ensemble.storage import Store, place_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMEOUT = 540.0
 # Parts go up as they are finished, so that a kill falls between them in a job of seconds.
 CODE = """
@@ -113,6 +114,9 @@ def test_the_same_as_in_a_folder_and_nothing_again(s3, whole_job, finished_run, 
         answers.append([line for line in done.stdout.splitlines() if line.startswith("{")])
     assert answers[0] == answers[1]
     assert len(answers[0]) == 10
+    client = [sys.executable, str(EXAMPLES / "serve_client.py"), s3, "--requests", "20"]
+    done = subprocess.run(client, capture_output=True, text=True, check=False)
+    assert (done.returncode, "all as predict says" in done.stdout) == (0, True), done.stdout + done.stderr
     assert not (place_of(s3) / "work").exists()
     assert not (place_of(s3) / "read" / "gradients").exists()
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_disk import small_disk
 
 from ray_ensemble import RunError
 from ray_ensemble.config import AdapterConfig, JobConfig, ModelConfig, TaskConfig, TrainingConfig
@@ -96,33 +96,25 @@ def test_a_pack_equals_separate_jobs_and_one_failure_stops_nobody(ray_cluster, t
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small_output(tmp_path):
+    with small_disk(tmp_path / "disk", 1) as folder:
+        yield folder
 
 
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_a_full_disk_is_told_and_the_same_call_goes_on_once_there_is_room(
-    ray_cluster, tasks, tiny_model, initial, small_disk
+    ray_cluster, tasks, tiny_model, initial, small_output
 ):
     job = AdapterJob("single", (tasks[0].name,), 12, 0)
-    ballast = small_disk / "ballast"
+    ballast = small_output / "ballast"
     with pytest.raises(OSError, match="No space"):
         ballast.write_bytes(b"x" * 2**21)
     os.truncate(ballast, 2**20 - 24_000)  # room for a checkpoint, not for two
     with pytest.raises(RunError) as raised:
-        train([job], tasks, tiny_model, initial, small_disk / "run", max_failures=0)
+        train([job], tasks, tiny_model, initial, small_output / "run", max_failures=0)
     assert "single: the disk of the run folder is full; free some space" in str(raised.value)
     assert "The same command trains only these again" in str(raised.value)
     ballast.unlink()
-    done = train([job], tasks, tiny_model, initial, small_disk / "run")
+    done = train([job], tasks, tiny_model, initial, small_output / "run")
     assert_equal(done["single"].folder, alone(job, tasks, tiny_model, initial))
