@@ -55,3 +55,13 @@ def is_memory_kill(error: BaseException) -> bool:
 
     causes = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     return any(isinstance(cause, OutOfMemoryError) or "running low on memory" in str(cause) for cause in causes)
+
+
+def is_lost_actor(error: BaseException) -> bool:
+    """Whether a whole Ray Train run ended because its controller could not reach one of the run's actors.
+
+    That is so where a node goes while its workers start, or while Ray Train shuts down what is left of them.
+    """
+    from ray.exceptions import RayActorError
+
+    return isinstance(getattr(error, "controller_failure", None), RayActorError)

@@ -28,7 +28,7 @@ from ray_ensemble.runtime import (
 from ray_ensemble.storage import bring, drop, run_copy, run_of, train_storage
 from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
-from ray_ensemble.training.callbacks import group_release, interruption_watch, is_memory_kill
+from ray_ensemble.training.callbacks import group_release, interruption_watch, is_lost_actor, is_memory_kill
 from ray_ensemble.training.loggers import check_loggers
 from ray_ensemble.training.pack import Pack, interruptions, note_interruption, read_row
 from ray_ensemble.training.packing import packs, shared_workers, side_by_side
@@ -215,9 +215,9 @@ def _run_one(
     folder: Path,
     model: dict[str, Any],
 ) -> None:
-    """Train a pack; a run that a memory kill has ended is run again, from its last checkpoint, `max_failures` times.
+    """Train a pack; a run ended by a memory kill or a lost node is run again, from its last checkpoint, `max_failures` times.
 
-    Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and takes that for a
+    Ray Train would restart the worker, but meets the loss once more when it shuts the dead worker down, and takes that for a
     failure of its own, which it never tries again.
     """
     run = run_of(folder)
@@ -227,9 +227,13 @@ def _run_one(
             _trainer(pack, members, training, demand, folder, model).fit()
             return
         except Exception as error:
-            if not left or not is_memory_kill(error):
+            memory = is_memory_kill(error)
+            if not left or not (memory or is_lost_actor(error)):
                 raise
-            if _memory_kills(run, pack) == noted:
+            if not memory:
+                told = f"{_titles(pack)}: lost an actor; goes on from the last checkpoint ({_reason(error, demand)})"
+                console.print(told, markup=False)
+            elif _memory_kills(run, pack) == noted:
                 with run_copy(run, pack.read_by(1)) as copy:
                     note_interruption(pack.folder(copy.folder), "memory")
 

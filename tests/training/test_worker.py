@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
+from ray.train import ControllerError, WorkerGroupError
 
 from ray_ensemble.config import TrainingConfig
-from ray_ensemble.training.callbacks import interruption, is_memory_kill
+from ray_ensemble.training.callbacks import interruption, is_lost_actor, is_memory_kill
 from ray_ensemble.training.pack import interruptions, note_interruption, read_row
 from ray_ensemble.training.worker import within_memory
 
@@ -41,6 +43,15 @@ def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_
 )
 def test_kills_for_memory_are_told_from_other_deaths(error, wanted):
     assert is_memory_kill(error) is wanted
+
+
+def test_runs_that_an_actor_out_of_reach_has_ended_are_told_from_others():
+    gone = ActorUnavailableError("Socket closed", None)
+    assert is_lost_actor(pickle.loads(pickle.dumps(ControllerError(gone))))
+    assert is_lost_actor(ControllerError(ActorDiedError()))
+    assert not is_lost_actor(ControllerError(RuntimeError("boom")))
+    assert not is_lost_actor(WorkerGroupError("lost", {0: gone}))  # which Ray Train itself tries again
+    assert not is_lost_actor(gone)
 
 
 def test_pre_empted_nodes_are_told_from_failures_also_as_causes():
