@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,22 @@ def serve_run(folder: str | Path, config: ServingConfig) -> None:
         )
     token_hash = hashlib.sha256(token.strip().encode()).hexdigest() if token is not None else None
     with ray_session():
-        _deploy(run, config, gradients, token_hash)
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        print(
-            f"serving {len(tasks)} datasets on http://{host}:{config.port} "
-            f"({'merged adapters' if config.merged else 'ensembles'}, replicas: {config.replicas}); Ctrl-C ends it",
-            flush=True,
-        )
-        with _signals() as stop:
-            while not stop.wait(_LOOK_SECONDS):
-                _check_alive()
-        print("shutting down", flush=True)
-        _end()
+        try:
+            _deploy(run, config, gradients, token_hash)
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            print(
+                f"serving {len(tasks)} datasets on http://{host}:{config.port} "
+                f"({'merged adapters' if config.merged else 'ensembles'}, replicas: {config.replicas}); Ctrl-C ends it",
+                flush=True,
+            )
+            with _signals() as stop:
+                while not stop.wait(_LOOK_SECONDS):
+                    _check_alive()
+        except KeyboardInterrupt:  # while it was starting
+            pass
+        finally:
+            print("shutting down", flush=True)
+            _end()
 
 
 def check_address(config: ServingConfig) -> None:
@@ -139,10 +143,13 @@ def _check_alive() -> None:
 
 
 def _end() -> None:
+    """Take the application off the cluster, however far it got."""
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     if os.environ.get("RAY_ADDRESS"):
-        serve.delete(_NAME)  # the cluster may serve other applications
+        with suppress(RayServeException):  # no server was started
+            serve.delete(_NAME)  # the cluster may serve other applications
     else:
         serve.shutdown()
 
