@@ -60,7 +60,8 @@ def is_memory_kill(error: BaseException) -> bool:
 def is_lost_actor(error: BaseException) -> bool:
     """Whether a whole Ray Train run ended because its controller could not reach one of the run's actors.
 
-    That is so where a node goes while its workers start, or while Ray Train shuts down what is left of them.
+    Ray Train counts most of these as failures of workers, and tries again. Not so where a node goes while a worker unpickles what
+    it is to run, which takes seconds, since the base's libraries are imported then.
     """
     from ray.exceptions import RayActorError
 

@@ -217,8 +217,8 @@ def _run_one(
 ) -> None:
     """Train a pack; a run ended by a memory kill or a lost node is run again, from its last checkpoint, `max_failures` times.
 
-    Ray Train would restart the worker, but meets the loss once more when it shuts the dead worker down, and takes that for a
-    failure of its own, which it never tries again.
+    Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and a node's loss
+    perhaps as it starts one: it takes that for a failure of its own, which it never tries again.
     """
     run = run_of(folder)
     for left in reversed(range(training.max_failures + 1)):
@@ -232,7 +232,7 @@ def _run_one(
                 raise
             if not memory:
                 told = f"{_titles(pack)}: lost an actor; goes on from the last checkpoint ({_reason(error, demand)})"
-                console.print(told, markup=False)
+                console.print(told, markup=False, soft_wrap=True)
             elif _memory_kills(run, pack) == noted:
                 with run_copy(run, pack.read_by(1)) as copy:
                     note_interruption(pack.folder(copy.folder), "memory")

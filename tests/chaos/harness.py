@@ -110,6 +110,13 @@ class Node:
         self.process.wait(30)
 
 
+def title_of(pid: int) -> bytes:
+    """What a process calls itself; Ray's workers tell what they are doing. Empty if it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def _session(leader: int) -> list[int]:
     """All living processes of a session."""
     found = []

@@ -111,7 +111,8 @@ def test_a_worker_that_ray_kills_for_its_memory_goes_on_with_smaller_micro_batch
     found = load_file(Path(told["adapter"]) / "adapter_model.safetensors")
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.testing.assert_close(found[name.replace(".default.", ".")], parameter.detach(), rtol=1e-5, atol=1e-6)
+            # A step moves by up to 5e-3; Adam divides by what may be little more than rounding.
+            torch.testing.assert_close(found[name.replace(".default.", ".")], parameter.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture

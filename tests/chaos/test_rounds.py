@@ -23,6 +23,7 @@ from harness import (
     copy_before,
     driver_on,
     finished_trials,
+    title_of,
 )
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -76,6 +77,26 @@ def test_a_node_is_lost(nodes, reference, stage, seed, tmp_path):
         driver.finish()
     ledger.assert_nothing_twice()
     assert_undisturbed(output, reference, stage)
+    nodes.wait_for(3)
+
+
+def test_a_node_is_lost_as_a_worker_is_told_to_train(nodes, reference, tmp_path):
+    """Ray Train tries a job again whose workers die later, or while they are set up, but not where one dies in this call."""
+    victims: list[Node] = []
+
+    def told() -> bool:
+        title = b"ray::RayTrainWorker.run_train_fn"
+        victims[:] = [node for node in nodes.workers if any(title in title_of(pid) for pid in node.pids())]
+        return bool(victims)
+
+    output = copy_before("train", reference, tmp_path / "run")
+    with Ledger(output) as ledger, driver_on(nodes, reference.job, output, "train") as driver:
+        driver.wait_for("worker that is told to train", told)
+        replace(nodes, victims[0])
+        driver.finish()
+    assert "lost an actor; goes on from the last checkpoint" in (tmp_path / "log.txt").read_text()
+    ledger.assert_nothing_twice()
+    assert_undisturbed(output, reference, "train")
     nodes.wait_for(3)
 
 
