@@ -196,8 +196,10 @@ def _ensemble(kind: str) -> Callable[[Experiment, int], Result]:
         seconds, facts = _timed_ensemble(place)
         found = Result(_ensemble_scores(experiment, place))
         found.charge("groups", adapters, experiment.job.size())
-        found.add("ensemble", facts["flops"], seconds, facts["peak_memory_bytes"])
+        merging = {"flops": facts["merging_flops"], "seconds": facts["merging_seconds"]}  # charged to `merged` alone
+        found.add("ensemble", facts["flops"], seconds - merging["seconds"], facts["peak_memory_bytes"])
         found.about = {"groups": groups, "m": len(groups), "group_steps": [work.job.steps for work in works]}
+        found.about["merging"] = merging
         if kind == "found":
             found.steps += experiment.warm_up
             for part, stages in (("gradients", experiment.job), ("search", place)):
@@ -260,6 +262,7 @@ def _boosted(experiment: Experiment, seed: int) -> Result:
     seconds, facts = _timed_ensemble(place)
     result = Result(_ensemble_scores(experiment, place))
     result.like(experiment.cost("ours", seed))
+    seconds -= facts["merging_seconds"]
     result.add("boosting", facts["boosting_flops"], seconds, facts["peak_memory_bytes"])
     told = read_json(place.folder / "ensemble.json", "ensemble")["boosting"]
     result.adapters += len(told["adapters"])
@@ -278,6 +281,7 @@ def _merged(experiment: Experiment, seed: int) -> Result:
     scores, _ = experiment.score(folders, place)
     result = Result({task: each for (task, _), each in scores.items()})
     result.like(experiment.cost("ours", seed))
+    result.add("merging", **result.about["merging"])
     return result
 
 

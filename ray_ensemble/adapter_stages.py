@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.files import read_json, write_json
-from ray_ensemble.progress import console
 from ray_ensemble.run_folder import STAGES
 from ray_ensemble.storage import located
 
@@ -64,7 +64,7 @@ def ensemble(stages: Stages) -> Outcome:
     """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see; then
     boosting, which adds to them, and the router.
     """
-    from ray_ensemble.ensemble import ScoreRequest, combine, ensemble_parts, merge_adapters, score_all
+    from ray_ensemble.ensemble import ScoreRequest, combine, score_all
     from ray_ensemble.evaluation import forward_flops
 
     names, settings = stages.group_names, stages.config.ensemble
@@ -116,34 +116,15 @@ def ensemble(stages: Stages) -> Outcome:
         files += router_files
         facts["flops"] += router_flops
     described |= {"weights": weights, "boosting": boosted}
-    merged: dict[str, dict[str, Any]] = {}
-    for name in weights:
-        target = stages.folder / "merged" / name
-        # The bare base adds nothing to an update.
-        parts = {
-            part: share for part, share in ensemble_parts(described, name, stages.warm).items() if part is not None
-        }
-        folders = [stages.folder / part for part in parts]
-        whole = merge_adapters(folders, list(parts.values()), target, settings.merged_rank)
-        merged[name] = {**asdict(whole), "vllm_max_lora_rank": whole.vllm_max_lora_rank}
-        files += sorted(target.iterdir())
-    _tell_ranks(merged)
-    write_json(stages.folder / "ensemble.json", {**described, "merged": merged})
+    from ray_ensemble.merging import merge_ensembles
+
+    started = time.monotonic()
+    merged = merge_ensembles(stages, described, scored=bool(scores))
+    files += merged.files
+    facts |= {"merging_flops": merged.flops, "merging_seconds": round(time.monotonic() - started, 3)}
+    facts["peak_memory_bytes"] = max(facts["peak_memory_bytes"], merged.peak_memory_bytes)
+    write_json(stages.folder / "ensemble.json", {**described, "merged": merged.told})
     return files, facts
-
-
-def _tell_ranks(merged: Mapping[str, Mapping[str, Any]]) -> None:
-    """Say what a vLLM server must be started with to serve the merged adapters of all datasets."""
-    from ray_ensemble.ensemble import VLLM_RANKS
-
-    limits = [entry["vllm_max_lora_rank"] for entry in merged.values()]
-    ranks = f"merged adapters: ranks up to {max(entry['rank'] for entry in merged.values())}"
-    if None in limits:
-        console.print(f"  {ranks}; vLLM serves {VLLM_RANKS[-1]} at most: set ensemble.merged_rank", markup=False)
-    else:
-        console.print(f"  {ranks}; vLLM serves them with --max-lora-rank {max(limits)}", markup=False)
-    if (least := min(entry["norm_kept"] for entry in merged.values())) < 1:
-        console.print(f"  cut to that rank; at least {least:.1%} of an update's squared norm is kept", markup=False)
 
 
 def _learned_weights(
@@ -255,5 +236,6 @@ def _flops(stages: Stages) -> dict[str, float]:
         "groups": sum(value for name, value in trained.items() if name != "qlora_all"),
         "boosting": stages.folder.facts("ensemble").get("boosting_flops", 0.0),
         "ensemble": stages.folder.facts("ensemble")["flops"],
+        "merging": stages.folder.facts("ensemble").get("merging_flops", 0.0),
     }
     return {**parts, "qlora_all": trained["qlora_all"], "ratio": flops_ratio(parts, trained["qlora_all"])}

@@ -321,13 +321,16 @@ class EnsembleConfig(Section):
     adapter's pass over them. `router` learns to tell the datasets by their bare text and measures the ensemble where an
     input's dataset is not known. `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the
     `--max-lora-rank` of a vLLM server: what is above is cut by singular value decomposition. By default the rank is the sum
-    of those of the adapters in use.
+    of those of the adapters in use. A merged adapter goes as far from the dataset's main adapter towards the ensemble's weights
+    as makes its predictions most like the ensemble's on at most `merge_prompts` held-out prompts; with 0 it has the weights as
+    they are.
     """
 
     weights: Literal["learned", "own", "uniform"] = "learned"
     baselines: bool = False
     router: bool = False
     merged_rank: Count | None = None
+    merge_prompts: Annotated[int, Field(ge=0)] = 32
 
 
 class ServingConfig(Section):

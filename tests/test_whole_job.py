@@ -12,6 +12,8 @@ from tiny import OPTIONS, write_job, write_task
 
 from ray_ensemble import Job
 from ray_ensemble.cli import main
+from ray_ensemble.ensemble import Predictor
+from ray_ensemble.estimator import validation_halves
 from ray_ensemble.gradients import GradientStore
 
 pytestmark = pytest.mark.ray
@@ -53,8 +55,9 @@ def test_formats(run):
             assert m["loss"] > 0
             assert 0 <= m["accuracy"] <= 1
     assert metrics["mean"].keys() == {"base", "qlora_all", "group", "ensemble", "merged"}
-    assert metrics["flops"].keys() == {"gradients", "search", "groups", "boosting", "ensemble", "qlora_all", "ratio"}
-    parts = [metrics["flops"][part] for part in ("gradients", "search", "groups", "boosting", "ensemble")]
+    ours = {"gradients", "search", "groups", "boosting", "ensemble", "merging"}
+    assert metrics["flops"].keys() == ours | {"qlora_all", "ratio"}
+    parts = [metrics["flops"][part] for part in ours]
     assert metrics["flops"]["ratio"] == pytest.approx(sum(parts) / metrics["flops"]["qlora_all"])
     assert {"gradients", "search", "train", "ensemble"} <= metrics["seconds"].keys() & metrics[
         "peak_memory_bytes"
@@ -176,14 +179,37 @@ def test_predict_agrees_with_the_evaluation(run, task_folder, capsys):
 def test_merged_adapters_are_told_of_and_measured(run):
     ensemble, metrics = read(run, "ensemble"), read(run, "metrics")
     for task, told in ensemble["merged"].items():
-        used = sum(weight > 0 for weight in ensemble["weights"][task])
-        assert told == {"rank": 4 * used, "norm_kept": 1.0, "vllm_max_lora_rank": {1: 8, 2: 8, 3: 16}[used]}
+        several = sum(weight > 0 for weight in ensemble["weights"][task])
+        used = several if told["share"] else 1
+        assert (told["rank"], told["norm_kept"]) == (4 * used, 1.0)
+        assert told["vllm_max_lora_rank"] == {1: 8, 2: 8, 3: 16}[used]
+        assert (told["divergence"] is None) == (several == 1)
+        assert told["share"] == 1 or several > 1
         assert read(run, f"merged/{task}/adapter_config")["r"] == told["rank"]
         models = metrics["tasks"][task]
         for measure, found in metrics["paired"]["merged_vs_ensemble"]["tasks"][task].items():
             wanted = models["merged"][measure] - models["ensemble"][measure]
             assert found["difference"] == pytest.approx(wanted, abs=1e-12)
     assert "merged − ensemble: loss" in (run / "report.html").read_text()
+    assert not (run / "merging").exists()
+
+
+def test_merged_adapters_predict_as_nearly_like_the_ensemble_as_they_say(run, task_folder):
+    """Held-out prompts once more, by what predicts: no share between 0 and 1 that was tried is nearer."""
+    ensemble = read(run, "ensemble")
+    mixed = [task for task, told in ensemble["merged"].items() if told["divergence"] is not None]
+    assert mixed, "no dataset of this run uses several adapters"
+    for task in mixed:
+        rows = [json.loads(line) for line in (task_folder / task / "validation.jsonl").read_text().splitlines()]
+        requests = [(task, rows[i]) for i in validation_halves(len(rows))[1]]
+        p, q = (
+            np.array(
+                [list(each["probabilities"].values()) for each in Predictor(run, [task], merged).predict(requests)]
+            )
+            for merged in (False, True)
+        )
+        told = ensemble["merged"][task]
+        assert (p * np.log(p / q)).sum(axis=1).mean() == pytest.approx(told["divergence"], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """One prediction from many adapters: weights per dataset, inference on one base, and merging into one adapter."""
 
-from ray_ensemble.ensemble.merge import VLLM_RANKS, Merged, merge_adapters
+from ray_ensemble.ensemble.merge import SHARES, VLLM_RANKS, Merged, divergence, merge_adapters, towards
 from ray_ensemble.ensemble.prediction import PredictedTask, Predictor, Request, ensemble_parts
 from ray_ensemble.ensemble.scoring import Scored, ScoreRequest, score_all
 from ray_ensemble.ensemble.weights import (
@@ -16,6 +16,7 @@ from ray_ensemble.ensemble.weights import (
 )
 
 __all__ = [
+    "SHARES",
     "VLLM_RANKS",
     "Merged",
     "PredictedTask",
@@ -29,10 +30,12 @@ __all__ = [
     "boosters_of",
     "coefficients",
     "combine",
+    "divergence",
     "ensemble_parts",
     "label_losses",
     "learn_step_sizes",
     "learn_weights",
     "merge_adapters",
     "score_all",
+    "towards",
 ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
+from scipy.special import log_softmax
 from torch import Tensor
 
 from ray_ensemble.errors import InputError
@@ -17,6 +21,9 @@ from ray_ensemble.models import lora_scaling, read_plain_lora
 
 # What vLLM takes as --max-lora-rank (vllm.config.lora.MaxLoRARanks, 0.14): an adapter needs one that is not below its rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# How far a merged adapter goes from a dataset's main adapter alone to the ensemble's combination: what is tried.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,26 @@ def merge_adapters(folders: Sequence[Path], weights: Sequence[float], target: Pa
         save_file(merged, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(result, indent=2) + "\n")
     return done
+
+
+def towards(parts: Mapping[str | None, float], main: str, share: float) -> dict[str | None, float]:
+    """Coefficients on the way from one adapter alone (`share` 0) to a combination of adapters (1); zeros are left out."""
+    found = {name: share * coefficient for name, coefficient in parts.items()}
+    found[main] = found.get(main, 0.0) + 1.0 - share
+    return {name: coefficient for name, coefficient in found.items() if coefficient}
+
+
+def divergence(wanted: NDArray[np.floating[Any]], found: NDArray[np.floating[Any]]) -> float:
+    """Mean Kullback-Leibler divergence KL(p ‖ q) over examples, in nats, of predictions q from predictions p.
+
+    Labels are not needed, and it tells two models apart on far fewer examples than the difference of their losses.
+
+    Args:
+        wanted: (V, K) label scores whose softmax is p.
+        found: (V, K) those of q.
+    """
+    p, q = log_softmax(wanted.astype(np.float64), axis=1), log_softmax(found.astype(np.float64), axis=1)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
 def truncate(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ FLOPS_PARTS = {
     "groups": "training",
     "boosting": "boosting",
     "ensemble": "weights",
+    "merging": "merging",
 }
 
 

@@ -126,11 +126,15 @@ def _merged(data: RunData) -> list[object]:
         cells = [
             change(m, (pair.get(m) or {}).get("difference"), (pair.get(m) or {}).get("interval")) for m in MEASURES
         ]
-        rows.append([plain(task, 40), merged.get("rank", "–"), measured("accuracy", kept), *cells])
+        share = number(merged.get("share"), 2)
+        rows.append([plain(task, 40), merged.get("rank", "–"), share, measured("accuracy", kept), *cells])
     limits = [merged.get("vllm_max_lora_rank") for merged in told.values()]
     serving = f" vLLM serves them with --max-lora-rank {max(limits)}." if limits and None not in limits else ""
-    head = ["dataset", "rank", "squared norm kept", *(f"merged − ensemble: {measure}" for measure in MEASURES)]
-    note = f"Rank of each dataset's merged adapter, and the paired difference on the same test examples.{serving}"
+    head = ["dataset", "rank", "share", "squared norm kept", *(f"merged − ensemble: {measure}" for measure in MEASURES)]
+    note = (
+        "Rank of each dataset's merged adapter; its share of the way from the main adapter (0) to the ensemble's weights (1), "
+        f"the one that predicts most like the ensemble; and the paired difference on the same test examples.{serving}"
+    )
     return [table(head, rows), paragraph(note, class_="note")]
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ray_ensemble.config import AdapterConfig
-from ray_ensemble.ensemble.merge import Merged, merge_adapters, truncate
+from ray_ensemble.ensemble.merge import SHARES, Merged, divergence, merge_adapters, towards, truncate
 from ray_ensemble.errors import InputError
 from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base, lora_layers, save_adapter
 
@@ -162,3 +162,21 @@ def moved(start: Path, folder: Path, scale: float, seed: int) -> Path:
     save_file(changed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_bytes((start / "adapter_config.json").read_bytes())
     return folder
+
+
+def test_shares_go_from_the_main_adapter_to_the_whole_combination():
+    parts = {"a": 0.75, "b": 0.25, "booster": 0.5, "start": -0.5}
+    assert towards(parts, "a", 1.0) == parts
+    assert towards(parts, "a", 0.0) == {"a": 1.0}
+    assert towards(parts, "a", 0.5) == {"a": 0.875, "b": 0.125, "booster": 0.25, "start": -0.25}
+    for share in SHARES:
+        assert sum(towards(parts, "b", share).values()) == pytest.approx(1.0)
+
+
+def test_divergence_is_that_of_the_predictions():
+    scores = np.random.default_rng(0).normal(size=(2, 50, 3)).astype(np.float32)
+    p, q = (np.exp(each) / np.exp(each).sum(axis=1, keepdims=True) for each in scores.astype(np.float64))
+    slow = sum(p[i, k] * np.log(p[i, k] / q[i, k]) for i in range(50) for k in range(3)) / 50
+    assert divergence(scores[0], scores[1]) == pytest.approx(slow)
+    assert divergence(scores[0], scores[0] + 7) == pytest.approx(0, abs=1e-6)
+    assert divergence(scores[0], scores[1]) > 0

@@ -184,14 +184,14 @@ def test_merged_is_shown_against_unmerged_for_every_dataset(run_of):
     }
     metrics["paired"]["merged_vs_ensemble"] = {**pair, "tasks": {"sst2": pair}}
     ensemble["merged"] = {
-        "sst2": {"rank": 12, "norm_kept": 0.875, "vllm_max_lora_rank": 16},
+        "sst2": {"rank": 12, "norm_kept": 0.875, "vllm_max_lora_rank": 16, "share": 0.25},
         "cr": {"rank": 4, "norm_kept": 1.0, "vllm_max_lora_rank": 8},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "ensemble.json").write_text(json.dumps(ensemble))
     text = Page(write_report(folder).read_text()).text
-    assert "sst2 12 87.5% +0.031 [−0.010, +0.072] −1.2 points [−5.0, +2.5]" in text
-    assert "cr 4 100.0% – –" in text
+    assert "sst2 12 0.25 87.5% +0.031 [−0.010, +0.072] −1.2 points [−5.0, +2.5]" in text
+    assert "cr 4 – 100.0% – –" in text
     assert "vLLM serves them with --max-lora-rank 16." in text
 
 
