@@ -104,12 +104,10 @@ def _tried(
         for part in parts:
             known[task, part] = ScoreRequest(None if part is None else stages.folder / part, encoded, examples[task])
         for share in SHARES:
-            target = folder / task / f"{share:g}"
-            if share == 0 and settings.merged_rank is None:
-                target = stages.folder / main[task]  # as it is
-            else:
+            if share or settings.merged_rank is not None:  # else it is the main adapter as it is
+                target = folder / task / f"{share:g}"
                 _merge(stages, towards(parts, main[task], share), target)
-            made[task, share] = ScoreRequest(target, encoded, prompts)
+                made[task, share] = ScoreRequest(target, encoded, prompts)
     found = score_all(
         [*known.values(), *made.values()], stages.spec, stages.config.gradients, stages.base_hashes, stages.folder.path,
         "merged adapters",
@@ -119,14 +117,15 @@ def _tried(
     done.flops = forward_flops(stages.size(), sum(map(token_count, paid)))
     done.peak_memory_bytes = found.peak_memory_bytes
     scores = dict(zip([*known, *made], found.scores, strict=True))
-    wanted = {
-        task: combine(np.stack([scores[task, part][places[task]] for part in parts]), np.array(list(parts.values())))
-        for task, parts in whole.items()
-    }
-    return {
-        task: {share: divergence(wanted[task], scores[task, share]) for share in sorted(SHARES, reverse=True)}
-        for task in whole
-    }
+    divergences: dict[str, dict[float, float]] = {}
+    for task, parts in whole.items():
+        alone = {part: scores[task, part][places[task]] for part in parts}
+        wanted = combine(np.stack(list(alone.values())), np.array(list(parts.values())))
+        divergences[task] = {
+            share: divergence(wanted, scores[task, share] if (task, share) in made else alone[main[task]])
+            for share in sorted(SHARES, reverse=True)
+        }
+    return divergences
 
 
 def _tell(merged: Mapping[str, Mapping[str, Any]]) -> None:
