@@ -66,7 +66,7 @@ def test_boosting_lowers_the_losses_that_it_says_it_lowers(ridge, unboosted):
         # Test data have no say in boosting, so whether it helps there is not for a test to ask.
         assert (ours["ensemble"] == ours["ensemble_unboosted"]) == (not boosting["boosters"].get(task))
     flops = metrics["flops"]
-    parts = [flops[part] for part in ("gradients", "search", "groups", "boosting", "ensemble")]
+    parts = [flops[part] for part in ("gradients", "search", "groups", "boosting", "ensemble", "merging")]
     assert flops["boosting"] > 0
     assert flops["ratio"] == pytest.approx(sum(parts) / flops["qlora_all"])
     assert "without boosting" in (ridge / "report.html").read_text()
