@@ -62,10 +62,11 @@ def train(stages: Stages) -> Outcome:
 
 def ensemble(stages: Stages) -> Outcome:
     """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see; then
-    boosting, which adds to them, and the router.
+    boosting, which adds to them, the router, and all of it as one merged adapter a dataset.
     """
     from ray_ensemble.ensemble import ScoreRequest, combine, score_all
     from ray_ensemble.evaluation import forward_flops
+    from ray_ensemble.merging import merge_ensembles
 
     names, settings = stages.group_names, stages.config.ensemble
     learned = settings.weights == "learned" and len(names) > 1
@@ -116,8 +117,6 @@ def ensemble(stages: Stages) -> Outcome:
         files += router_files
         facts["flops"] += router_flops
     described |= {"weights": weights, "boosting": boosted}
-    from ray_ensemble.merging import merge_ensembles
-
     started = time.monotonic()
     merged = merge_ensembles(stages, described, scored=bool(scores))
     files += merged.files
