@@ -95,7 +95,9 @@ def _tried(
     stages.need_ray()
     settings, folder = stages.config.ensemble, stages.folder / _TRIED
     shutil.rmtree(folder, ignore_errors=True)
-    examples = {task: stages.held_out(task) for task in whole}
+    # Where the adapters have scores of all held-out examples, those are taken; else no more are made than are needed.
+    most = None if scored else settings.merge_prompts
+    examples = {task: sample(stages.held_out(task), most) for task in whole}
     places = {task: list(sample(range(len(found)), settings.merge_prompts)) for task, found in examples.items()}
     known: dict[tuple[str, str | None], ScoreRequest] = {}
     made: dict[tuple[str, float], ScoreRequest] = {}

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import requests
@@ -15,7 +14,7 @@ import yaml
 from job_server import Head, bearer, started_head, write_job_beside_its_files, write_wheel
 
 from ray_ensemble.status import run_status
-from ray_ensemble.storage import Store
+from ray_ensemble.storage import Store, place_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WAIT_S = 300.0
@@ -61,4 +60,4 @@ def test_a_new_cluster_ends_what_another_one_left_at_the_url(s3, cluster, tiny_m
         names = place.list()
         assert names
         assert not [name for name in names if any(key.encode() in (place.read(name) or b"") for key in keys)]
-    assert not Path(os.environ["RAY_ENSEMBLE_CACHE"], "work").exists()
+    assert not (place_of(s3) / "work").exists(), "who submits needs no copy of the run"
