@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from classify10_arms import ARMS
 from classify10_experiment import Experiment
+from classify10_lengths import flops_at
 from numpy.typing import NDArray
 from rich.table import Table
 
+from ray_ensemble.evaluation import flops_ratio
 from ray_ensemble.evaluation.metrics import MEASURES, RESAMPLES, Resampled, resample
 from ray_ensemble.models import default_device
 from ray_ensemble.report.facts import Measure, change, measured, number, seconds, size, span
@@ -19,6 +21,8 @@ from ray_ensemble.report.tables import text_table
 
 REFERENCES = ("qlora_all", "per_dataset")
 OURS = ("ours", "own_group", "merged", "boosted")
+LONGER = 10  # epochs, the paper's
+GRADIENT_SHARES = (1.0, 0.5, 0.25)  # of each training split
 
 
 def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[str, Any]:
@@ -59,6 +63,12 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
             **spent(costs[arm], reference),
             "about": [cost["about"] for cost in costs[arm]],
         }
+        if arm in OURS and reference:
+            pairs = list(zip(costs[arm], costs["qlora_all"], strict=True))
+            arms[arm]["ratio_if_longer"] = {
+                f"{share:g}": [flops_ratio(*flops_at(experiment, cost, one, LONGER, share)) for cost, one in pairs]
+                for share in GRADIENT_SHARES
+            }
     return {
         "benchmark": "classify10",
         "machine": {"cores": os.cpu_count(), "device": default_device().type},
@@ -179,6 +189,11 @@ def verdicts(told: Mapping[str, Any]) -> list[str]:
             whole = sum(arms["qlora_all"]["flops"].values())
             parts = ", ".join(f"{part} {number(value / whole, 2)}" for part, value in arms[name]["flops"].items())
             lines.append(f"{name}: FLOPs ratio {number(float(np.mean(arms[name]['ratio'])), 3)} ({parts})")
+            longer = ", ".join(
+                f"{number(float(np.mean(ratios)), 3)} with gradients of {100 * float(share):g}%"
+                for share, ratios in arms[name]["ratio_if_longer"].items()
+            )
+            lines.append(f"{name}: at {LONGER} epochs, counted and not run: {longer} of the training examples")
     if "ours" in arms:
         found = [about["m"] for about in arms["ours"]["about"]]
         lines.append(f"groups: {', '.join(map(str, found))} of {len(told['tasks'])} datasets, by seed")

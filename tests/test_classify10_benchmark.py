@@ -168,9 +168,28 @@ def planted(seed: int, skill: float, sizes: tuple[int, ...]) -> list[np.ndarray]
     return [generator.normal(size=(n, 2)) + skill * np.eye(2)[y] for n, y in zip(sizes, labels, strict=True)]
 
 
+def write_gradient_counts(experiment: Any, tokens: int) -> None:
+    """As a gradient store tells them, with prompts of so many tokens each."""
+    for task in experiment.job.encoded:
+        for split in ("train", "validation"):
+            count = len(task[split])
+            info = {"examples": count, "forward_tokens": count * tokens, "backward_tokens": count * tokens}
+            folder = experiment.job.folder / "gradients" / task.name / split
+            folder.mkdir(parents=True)
+            (folder / "info.json").write_text(json.dumps(info))
+
+
 def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment, arms):
     from ray_ensemble.evaluation import losses_and_hits
 
+    experiment.job.through("plan")
+    write_gradient_counts(experiment, tokens=10)
+    taken = sys.modules["classify10_lengths"].pass_flops(experiment)
+    halved = sys.modules["classify10_lengths"].pass_flops(experiment, 0.5)
+    rows = {split: sum(len(task[split]) for task in experiment.job.encoded) for split in ("train", "validation")}
+    assert halved / taken == pytest.approx(
+        (rows["train"] / 2 + rows["validation"]) / (rows["train"] + rows["validation"])
+    )
     result = sys.modules["classify10_experiment"].Result
     sizes = tuple(len(task["test"]) for task in experiment.job.encoded)
     labels = [np.array([e.label for e in task["test"]]) for task in experiment.job.encoded]
@@ -182,6 +201,7 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
             kept.add("groups", 100.0 + 20 * seed, 5.0, 2**20)
             if arm == "ours":
                 kept.add("search", 10.0, 1.0)
+                kept.add("gradients", taken + 5.0, 1.0)  # a common start of 5
             experiment.keep(arm, seed, kept)
             hits = [losses_and_hits(scores[name], y)[1].mean() for name, y in zip(TASKS, labels, strict=True)]
             accuracy.setdefault(arm, []).append(hits)
@@ -192,9 +212,14 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
     assert told["left_out"] == ["random"]
     ours = told["arms"]["ours"]
     assert ours["equal_steps"] is True
-    assert ours["ratio"] == pytest.approx([110 / 100, 130 / 120])
-    assert ours["flops"] == {"groups": 110.0, "search": 10.0}
-    assert ours["seconds"] == {"groups": 5.0, "search": 1.0}
+    assert ours["ratio"] == pytest.approx([(115 + taken) / 100, (135 + taken) / 120])
+    # Ten epochs instead of one: 90 steps after the 4 of the common start instead of 9.
+    for share, gradients in {"1": taken, "0.5": halved}.items():
+        expected = [(g * 90 / 9 + 15 + gradients) / (g * 94 / 13) for g in (100, 120)]
+        assert ours["ratio_if_longer"][share] == pytest.approx(expected)
+    assert "ratio_if_longer" not in told["arms"]["per_dataset"]
+    assert ours["flops"] == {"groups": 110.0, "search": 10.0, "gradients": taken + 5}
+    assert ours["seconds"] == {"groups": 5.0, "search": 1.0, "gradients": 1.0}
     assert ours["accuracy"]["by_seed"] == pytest.approx(np.mean(accuracy["ours"], axis=1))
     for other in ("qlora_all", "per_dataset"):
         gap = np.subtract(accuracy["ours"], accuracy[other])
@@ -207,6 +232,7 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
     words = "\n".join(sys.modules["classify10_table"].verdicts(told))
     assert "ours − qlora_all: accuracy +" in words
     assert "not complete yet: random" in words
+    assert "ours: at 10 epochs, counted and not run: " in words
     text = sys.modules["classify10_table"].markdown(told)
     assert "| ours: found groups, fitted weights | 13 |" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 2, "two whole tables"
@@ -285,3 +311,29 @@ def test_a_whole_benchmark_and_one_in_pieces_agree(benchmark, arms, job, ray_clu
     assert "qlora_all" in told[len(told) // 2]
     assert "left; the same command goes on from here" in capsys.readouterr().out
     assert untimed(json.loads((tmp_path / "pieces.json").read_text())) == untimed(whole)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_a_longer_training_would_cost_is_what_it_costs(benchmark, job, tiny_model, ray_cluster, tmp_path):
+    from ray_ensemble.config import load_config
+
+    for name in TASKS:
+        write_task(tmp_path / "tasks" / name, train=16)
+
+    def cost(name: str, *changes: str) -> tuple[Any, dict[str, float], float]:
+        settings = [f"tasks=[{{source: {tmp_path / 'tasks'}}}]", *changes]
+        options = [option for change in settings for option in ("--set", change)]
+        command = [str(job), "--output", str(tmp_path / name), "--only", "ours", "qlora_all", "--seeds", "1", *options]
+        assert benchmark.main(command) == 0
+        with ExitStack() as stack:
+            experiment = benchmark.Experiment(tmp_path / name, load_config(job, settings), stack)
+            found = {arm: experiment.cost(arm, 0) for arm in ("ours", "qlora_all")}
+            counted = sys.modules["classify10_lengths"].flops_at(experiment, found["ours"], found["qlora_all"], 6, 0.5)
+        return found, *counted
+
+    _, counted, one = cost("short", "training.epochs=2")
+    found, *_ = cost("long", "training.epochs=6", "gradients.max_examples=8")
+    assert one == pytest.approx(found["qlora_all"]["flops"]["training"], rel=0.03)
+    for part in ("groups", "gradients"):
+        assert counted[part] == pytest.approx(found["ours"]["flops"][part], rel=0.03), part

@@ -140,7 +140,9 @@ def _run_all(
     ):
         futures = {
             threads.submit(
-                _run_one, pack, _members(pack, tasks), training, demands[next(iter(pack.jobs))], folder, model
+                _PackRun(
+                    pack, _members(pack, tasks), training, demands[next(iter(pack.jobs))], folder, model
+                ).to_its_end
             ): pack
             for pack in ordered
         }
@@ -207,82 +209,78 @@ def _fitting(demand: _Demand) -> int:
     return max(1, int(min(cpus, cluster_gpus() / (demand.workers * demand.gpus)) if demand.gpus else cpus))
 
 
-def _run_one(
-    pack: Pack,
-    members: list[EncodedTask],
-    training: TrainingConfig,
-    demand: _Demand,
-    folder: Path,
-    model: dict[str, Any],
-) -> None:
-    """Train a pack; a run ended by a memory kill or a lost node is run again, from its last checkpoint, `max_failures` times.
+@dataclass(frozen=True)
+class _PackRun:
+    """One pack as a Ray Train run: its jobs, the tasks they train on, what it asks of the cluster, and where it is kept."""
 
-    Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and a node's loss
-    perhaps as it starts one: it takes that for a failure of its own, which it never tries again.
-    """
-    run = run_of(folder)
-    for left in reversed(range(training.max_failures + 1)):
-        noted = _memory_kills(run, pack)
-        try:
-            _trainer(pack, members, training, demand, folder, model).fit()
-            return
-        except Exception as error:
-            memory = is_memory_kill(error)
-            if not left or not (memory or is_lost_actor(error)):
-                raise
-            if not memory:
-                told = f"{_titles(pack)}: lost an actor; goes on from the last checkpoint ({_reason(error, demand)})"
-                console.print(told, markup=False, soft_wrap=True)
-            elif _memory_kills(run, pack) == noted:
-                with run_copy(run, pack.read_by(1)) as copy:
-                    note_interruption(pack.folder(copy.folder), "memory")
+    pack: Pack
+    members: list[EncodedTask]
+    training: TrainingConfig
+    demand: _Demand
+    folder: Path
+    model: dict[str, Any]
 
+    def to_its_end(self) -> None:
+        """Train; a run ended by a memory kill or a lost node is run again, from its last checkpoint, `max_failures` times.
 
-def _memory_kills(run: str, pack: Pack) -> int:
-    """How often a worker of the pack was killed for its memory, as far as it was written down."""
-    with run_copy(run, pack.read_by(1)) as copy:
-        return interruptions(pack.folder(copy.folder)).count("memory")
+        Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and a node's
+        loss perhaps as it starts one: it takes that for a failure of its own, which it never tries again.
+        """
+        for left in reversed(range(self.training.max_failures + 1)):
+            noted = self._memory_kills()
+            try:
+                self._trainer().fit()
+                return
+            except Exception as error:
+                memory = is_memory_kill(error)
+                if not left or not (memory or is_lost_actor(error)):
+                    raise
+                if not memory:
+                    reason = _reason(error, self.demand)
+                    told = f"{_titles(self.pack)}: lost an actor; goes on from the last checkpoint ({reason})"
+                    console.print(told, markup=False, soft_wrap=True)
+                elif self._memory_kills() == noted:
+                    with run_copy(run_of(self.folder), self.pack.read_by(1)) as copy:
+                        note_interruption(self.pack.folder(copy.folder), "memory")
 
+    def _memory_kills(self) -> int:
+        """How often a worker of the pack was killed for its memory, as far as it was written down."""
+        with run_copy(run_of(self.folder), self.pack.read_by(1)) as copy:
+            return interruptions(self.pack.folder(copy.folder)).count("memory")
 
-def _trainer(
-    pack: Pack,
-    members: list[EncodedTask],
-    training: TrainingConfig,
-    demand: _Demand,
-    folder: Path,
-    model: dict[str, Any],
-) -> Any:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    def _trainer(self) -> Any:
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
 
-    once = 60.0 * training.wait_minutes / (_CONTROLLER_FAILURES + 1)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(once)
-    return TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "pack": pack,
-            "tasks": members,
-            "training": training.model_copy(update={"workers": demand.workers}),
-            "run": run_of(folder),
-            "model": model,
-            "watched": watches_preemption(),
-        },
-        torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=demand.workers, use_gpu=bool(demand.gpus), resources_per_worker=demand.bundles[0]
-        ),
-        run_config=ray.train.RunConfig(
-            name=pack.name,
-            **train_storage(folder),
-            failure_config=ray.train.FailureConfig(
-                max_failures=training.max_failures,
-                max_preemption_failures=training.max_preemptions,
-                controller_failure_limit=_CONTROLLER_FAILURES,
+        training, demand, run = self.training, self.demand, run_of(self.folder)
+        once = 60.0 * training.wait_minutes / (_CONTROLLER_FAILURES + 1)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(once)
+        return TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "pack": self.pack,
+                "tasks": self.members,
+                "training": training.model_copy(update={"workers": demand.workers}),
+                "run": run,
+                "model": self.model,
+                "watched": watches_preemption(),
+            },
+            torch_config=TorchConfig(backend="nccl" if demand.gpus else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=demand.workers, use_gpu=bool(demand.gpus), resources_per_worker=demand.bundles[0]
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[interruption_watch(run_of(folder), pack), group_release()],
-        ),
-    )
+            run_config=ray.train.RunConfig(
+                name=self.pack.name,
+                **train_storage(self.folder),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=training.max_failures,
+                    max_preemption_failures=training.max_preemptions,
+                    controller_failure_limit=_CONTROLLER_FAILURES,
+                ),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                callbacks=[interruption_watch(run, self.pack), group_release()],
+            ),
+        )
 
 
 @dataclass

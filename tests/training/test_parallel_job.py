@@ -41,13 +41,13 @@ def test_two_workers_under_zero3_leave_the_adapter_of_one(
 def test_auto_gives_a_job_that_is_alone_all_that_may_run_at_once(
     ray_cluster, whole_job, tiny_model, initial, tasks, alone, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
-    asked, run_one = [], jobs._run_one
+    asked, to_its_end = [], jobs._PackRun.to_its_end
 
-    def seen(*arguments):
-        asked.append(arguments[3].workers)
-        run_one(*arguments)
+    def seen(run):
+        asked.append(run.demand.workers)
+        to_its_end(run)
 
-    monkeypatch.setattr(jobs, "_run_one", seen)
+    monkeypatch.setattr(jobs._PackRun, "to_its_end", seen)
     found = train(whole_job, tiny_model, initial, tasks, tmp_path, workers="auto", concurrency=2, cpus=0.5)
     assert asked == [2]
     rows = [json.loads(line) for line in (found.folder / "train.jsonl").read_text().splitlines()]

@@ -1,0 +1,55 @@
+"""FLOPs ratio of an arm of `classify10.py` if training were longer and fewer training examples had gradients: counted, not run.
+
+Training costs what its steps cost here, times the steps. The gradient pass costs what its tokens cost, which the gradient
+store tells for every split. Everything else (common start, search, weights, boosters, merging) does not depend on either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from classify10_experiment import Experiment
+
+from ray_ensemble.evaluation import gradient_flops
+from ray_ensemble.files import read_json
+from ray_ensemble.gradients.projection import signs_per_element
+from ray_ensemble.training import task_steps
+
+
+def pass_flops(experiment: Experiment, share: float = 1.0) -> float:
+    """Operations of the gradient pass if only `share` of each training split had gradients, and all of validation."""
+    job, forward, backward, projected = experiment.job, 0.0, 0.0, 0.0
+    for name in experiment.names:
+        for split in ("train", "validation"):
+            info = read_json(job.folder / "gradients" / name / split / "info.json", "gradient split")
+            part = share if split == "train" else 1.0
+            forward += part * info["forward_tokens"]
+            backward += part * info["backward_tokens"]
+            # Every example has as many backward passes as it has targets, each over its own tokens.
+            projected += part * info["examples"] * info["backward_tokens"] / info["forward_tokens"]
+    settings = experiment.config.gradients
+    signs = signs_per_element(settings.projection, settings.dim, experiment.config.adapter.rank)
+    size = job.size(half=None if job.warm else "lora_B")
+    return gradient_flops(size, round(forward), round(backward), round(projected), signs)
+
+
+def flops_at(
+    experiment: Experiment, arm: Mapping[str, Any], qlora_all: Mapping[str, Any], epochs: float, share: float
+) -> tuple[dict[str, float], float]:
+    """FLOPs of an arm of ours by part, and of one QLoRA on all, both trained for `epochs` after the common start.
+
+    Args:
+        experiment: its job's gradients are there.
+        arm: cost record of an arm that takes gradients and trains groups.
+        qlora_all: cost record of one QLoRA on all with the same seed.
+        epochs: passes over all training data after the common start.
+        share: of each training split that has gradients, above 0 and at most 1.
+    """
+    training = experiment.config.training.model_copy(update={"epochs": epochs})
+    here, there = sum(experiment.shares.values()), sum(task_steps(experiment.examples, training))
+    one = sum(qlora_all["flops"].values()) * (experiment.warm_up + there) / (experiment.warm_up + here)
+    parts = dict(arm["flops"])
+    parts["groups"] *= there / here
+    parts["gradients"] -= pass_flops(experiment) - pass_flops(experiment, share)
+    return parts, one
