@@ -21,6 +21,7 @@ from ray_ensemble.report.tables import text_table
 
 REFERENCES = ("qlora_all", "per_dataset")
 OURS = ("ours", "own_group", "merged", "boosted")
+MADE_FROM = {"merged": "ours", "boosted": "ours"}  # by merging it, by adding boosters to it
 LONGER = 10  # epochs, the paper's
 GRADIENT_SHARES = (1.0, 0.5, 0.25)  # of each training split
 
@@ -53,9 +54,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
             "equal_steps": all(cost["steps"] == experiment.steps for cost in costs[arm]),
             "adapters": [cost["adapters"] for cost in costs[arm]],
             **measures(found[arm]),
-            "minus": {
-                other: differences(found[arm], found[other]) for other in REFERENCES if other in found and other != arm
-            },
+            "minus": {other: differences(found[arm], found[other]) for other in compared(arm) if other in found},
             "tasks": {
                 name: {measure: each.value(measure) for measure in MEASURES}
                 for name, each in zip(experiment.names, by_task[arm], strict=True)
@@ -84,12 +83,18 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
             name: {
                 f"{arm}_minus_{other}": differences(by_task[arm][place], by_task[other][place])
                 for arm in shown
-                for other in REFERENCES
-                if other in shown and other != arm and arm in OURS
+                for other in compared(arm)
+                if other in shown and arm in OURS
             }
             for place, name in enumerate(experiment.names)
         },
     }
+
+
+def compared(arm: str) -> list[str]:
+    """The arms that an arm is compared with, where they are complete."""
+    others = [*REFERENCES, *([MADE_FROM[arm]] if arm in MADE_FROM else ())]
+    return [other for other in others if other != arm]
 
 
 def stacked(by_seed: Sequence[Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:

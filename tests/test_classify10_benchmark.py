@@ -194,21 +194,21 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
     sizes = tuple(len(task["test"]) for task in experiment.job.encoded)
     labels = [np.array([e.label for e in task["test"]]) for task in experiment.job.encoded]
     accuracy: dict[str, list[list[float]]] = {}
-    for place, (arm, skill) in enumerate({"qlora_all": 0.5, "ours": 1.5, "per_dataset": 1.0}.items()):
+    for place, (arm, skill) in enumerate({"qlora_all": 0.5, "ours": 1.5, "merged": 1.4, "per_dataset": 1.0}.items()):
         for seed in range(2):
             scores = dict(zip(TASKS, planted(10 * place + seed, skill, sizes), strict=True))
             kept = result(scores, steps=13, adapters=2, about={"m": 2, "groups": [["films", "phones"], ["contrary"]]})
             kept.add("groups", 100.0 + 20 * seed, 5.0, 2**20)
-            if arm == "ours":
+            if arm in ("ours", "merged"):
                 kept.add("search", 10.0, 1.0)
                 kept.add("gradients", taken + 5.0, 1.0)  # a common start of 5
             experiment.keep(arm, seed, kept)
             hits = [losses_and_hits(scores[name], y)[1].mean() for name, y in zip(TASKS, labels, strict=True)]
             accuracy.setdefault(arm, []).append(hits)
     experiment.keep("random", 0, kept)  # of seed 0 alone: not complete
-    told = benchmark.figures(experiment, ["qlora_all", "ours", "per_dataset", "random"], 2)
+    told = benchmark.figures(experiment, ["qlora_all", "ours", "merged", "per_dataset", "random"], 2)
     assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert list(told["arms"]) == ["qlora_all", "ours", "per_dataset"]
+    assert list(told["arms"]) == ["qlora_all", "ours", "merged", "per_dataset"]
     assert told["left_out"] == ["random"]
     ours = told["arms"]["ours"]
     assert ours["equal_steps"] is True
@@ -221,13 +221,13 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
     assert ours["flops"] == {"groups": 110.0, "search": 10.0, "gradients": taken + 5}
     assert ours["seconds"] == {"groups": 5.0, "search": 1.0, "gradients": 1.0}
     assert ours["accuracy"]["by_seed"] == pytest.approx(np.mean(accuracy["ours"], axis=1))
-    for other in ("qlora_all", "per_dataset"):
-        gap = np.subtract(accuracy["ours"], accuracy[other])
-        paired = ours["minus"][other]["accuracy"]
+    for arm, other in (("ours", "qlora_all"), ("ours", "per_dataset"), ("merged", "ours")):
+        gap = np.subtract(accuracy[arm], accuracy[other])
+        paired = told["arms"][arm]["minus"][other]["accuracy"]
         assert paired["difference"] == pytest.approx(gap.mean())
         assert paired["by_training"] == pytest.approx(gap.mean(axis=1))
         for place, name in enumerate(TASKS):
-            each = told["by_dataset"][name][f"ours_minus_{other}"]["accuracy"]
+            each = told["by_dataset"][name][f"{arm}_minus_{other}"]["accuracy"]
             assert each["difference"] == pytest.approx(gap[:, place].mean())
     words = "\n".join(sys.modules["classify10_table"].verdicts(told))
     assert "ours − qlora_all: accuracy +" in words
