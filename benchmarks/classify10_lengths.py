@@ -11,9 +11,7 @@ from typing import Any
 
 from classify10_experiment import Experiment
 
-from ray_ensemble.evaluation import gradient_flops
 from ray_ensemble.files import read_json
-from ray_ensemble.gradients.projection import signs_per_element
 from ray_ensemble.training import task_steps
 
 
@@ -28,10 +26,7 @@ def pass_flops(experiment: Experiment, share: float = 1.0) -> float:
             backward += part * info["backward_tokens"]
             # Every example has as many backward passes as it has targets, each over its own tokens.
             projected += part * info["examples"] * info["backward_tokens"] / info["forward_tokens"]
-    settings = experiment.config.gradients
-    signs = signs_per_element(settings.projection, settings.dim, experiment.config.adapter.rank)
-    size = job.size(half=None if job.warm else "lora_B")
-    return gradient_flops(size, round(forward), round(backward), round(projected), signs)
+    return job.gradient_pass_flops(round(forward), round(backward), round(projected))
 
 
 def flops_at(

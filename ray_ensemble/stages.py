@@ -147,21 +147,26 @@ class Stages:
 
     def gradients(self) -> Outcome:
         """Projected per-example gradients of every task."""
-        from ray_ensemble.evaluation import gradient_flops
         from ray_ensemble.gradients import collect_gradients
-        from ray_ensemble.gradients.projection import signs_per_element
 
         self.need_ray()
         warm_up, warm_up_files = self._warm_up() if self.warm else (0.0, [])
         store = self.folder / "gradients"
         done = collect_gradients(self.encoded, self.spec, self.config.gradients, self.base_hashes, store)
+        flops = self.gradient_pass_flops(done.forward_tokens, done.backward_tokens, done.projected)
+        files = [*warm_up_files, *sorted(p for p in store.rglob("*") if p.is_file())]
+        return files, {"flops": warm_up + flops, "peak_memory_bytes": done.peak_memory_bytes, "examples": done.examples}
+
+    def gradient_pass_flops(self, forward_tokens: int, backward_tokens: int, projected: int) -> float:
+        """Operations of a gradient pass at this run's start, with its projection (`evaluation.gradient_flops`)."""
+        from ray_ensemble.evaluation import gradient_flops
+        from ray_ensemble.gradients.projection import signs_per_element
+
         # At a fresh start only B's half of the adapter has a gradient to take and to project.
         size = self.size(half=None if self.warm else "lora_B")
         settings = self.config.gradients
         signs = signs_per_element(settings.projection, settings.dim, self.config.adapter.rank)
-        flops = gradient_flops(size, done.forward_tokens, done.backward_tokens, done.projected, signs)
-        files = [*warm_up_files, *sorted(p for p in store.rglob("*") if p.is_file())]
-        return files, {"flops": warm_up + flops, "peak_memory_bytes": done.peak_memory_bytes, "examples": done.examples}
+        return gradient_flops(size, forward_tokens, backward_tokens, projected, signs)
 
     def _warm_up(self) -> tuple[float, list[Path]]:
         """Train the common starting point on all tasks (GradEx, section 3); its operations and its files."""
