@@ -15,7 +15,7 @@ from classify10_experiment import Experiment, Result, Scores, Work
 from numpy.typing import NDArray
 
 from ray_ensemble.adapter_stages import ensemble
-from ray_ensemble.ensemble import booster_scores, boosters_of, combine
+from ray_ensemble.ensemble import add_up, coefficients, combine
 from ray_ensemble.evaluation import ModelSize, forward_flops, losses_and_hits
 from ray_ensemble.files import read_json, write_json
 from ray_ensemble.stages import Stages
@@ -196,6 +196,7 @@ def _ensemble(kind: str) -> Callable[[Experiment, int], Result]:
         seconds, facts = _timed_ensemble(place)
         found = Result(_ensemble_scores(experiment, place))
         found.charge("groups", adapters, experiment.job.size())
+        found.adapters += place.warm  # the common start is weighed with them
         merging = {"flops": facts["merging_flops"], "seconds": facts["merging_seconds"]}  # charged to `merged` alone
         found.add("ensemble", facts["flops"], seconds - merging["seconds"], facts["peak_memory_bytes"])
         found.about = {"groups": groups, "m": len(groups), "group_steps": [work.job.steps for work in works]}
@@ -233,24 +234,10 @@ def _timed_ensemble(place: Stages) -> tuple[float, dict[str, Any]]:
 def _ensemble_scores(experiment: Experiment, place: Stages) -> dict[str, Scores]:
     """Test scores of what `ensemble.json` says, boosters included."""
     told = read_json(place.folder / "ensemble.json", "ensemble")
-    folders: dict[tuple[str, str], Path | None] = {}
-    for task in experiment.names:
-        used = [name for name, w in zip(told["adapters"], told["weights"][task], strict=True) if w > 0]
-        boosters, _ = boosters_of(told["boosting"], task)
-        folders |= {(task, name): place.adapter_folder(name) for name in [*used, *boosters]}
-        if boosters:
-            folders[task, "start"] = place.start if place.warm else None
+    parts = {task: coefficients(told, task) for task in experiment.names}
+    folders = {(task, name): place.scored_adapter(name) for task in parts for name in parts[task]}
     scores, _ = experiment.score(folders, place)
-    found = {}
-    for task in experiment.names:
-        weights = np.array(told["weights"][task])
-        names = [name for name, w in zip(told["adapters"], weights, strict=True) if w > 0]
-        found[task] = combine(np.stack([scores[task, name] for name in names]), weights[weights > 0])
-        boosters, step = boosters_of(told["boosting"], task)
-        if boosters:
-            added = np.stack([scores[task, name] for name in boosters])
-            found[task] = found[task] + step * booster_scores(added, scores[task, "start"])
-    return found
+    return {task: add_up({name: scores[task, name] for name in each}, each) for task, each in parts.items()}
 
 
 def _boosted(experiment: Experiment, seed: int) -> Result:

@@ -61,14 +61,14 @@ def train(stages: Stages) -> Outcome:
 
 
 def ensemble(stages: Stages) -> Outcome:
-    """Weights of each dataset over the groups' adapters, on the half of its validation data that the search did not see; then
-    boosting, which adds to them, the router, and all of it as one merged adapter a dataset.
+    """Weights of each dataset over the groups' adapters and a trained common start, on the half of its validation data that the
+    search did not see; then boosting, which adds to them, the router, and all of it as one merged adapter a dataset.
     """
     from ray_ensemble.ensemble import ScoreRequest, combine, score_all
     from ray_ensemble.evaluation import forward_flops
     from ray_ensemble.merging import merge_ensembles
 
-    names, settings = stages.group_names, stages.config.ensemble
+    names, settings = stages.members, stages.config.ensemble
     learned = settings.weights == "learned" and len(names) > 1
     boosting = stages.config.boosting.steps > 0
     own = {task.name: np.eye(len(names))[stages.own_group(task.name)] for task in stages.encoded}
@@ -154,7 +154,7 @@ def evaluate(stages: Stages) -> Outcome:
     ensemble = read_json(stages.folder / "ensemble.json", "ensemble")
     names, settings = ensemble["adapters"], stages.config.ensemble
     parts = {task.name: coefficients(ensemble, task.name) for task in stages.encoded}
-    unboosted = {task: {name: c for name, c in each.items() if name in names} for task, each in parts.items()}
+    unboosted = {task: coefficients({**ensemble, "boosting": {}}, task) for task in parts}
     routed = None
     if settings.router:
         from ray_ensemble.routing import route
@@ -165,7 +165,7 @@ def evaluate(stages: Stages) -> Outcome:
     for task in stages.encoded:
         used = [names[stages.own_group(task.name)], *parts[task.name], *(names if settings.baselines else ())]
         folders: dict[str, Path | None] = {"base": None, "qlora_all": stages.adapter_folder("qlora_all")}
-        folders |= {name: _adapter(stages, name) for name in used}
+        folders |= {name: stages.scored_adapter(name) for name in used}
         if len(parts[task.name]) > 1 or settings.merged_rank is not None:
             folders["merged"] = stages.folder / "merged" / task.name
         for name, adapter in folders.items():
@@ -176,7 +176,7 @@ def evaluate(stages: Stages) -> Outcome:
             if (task_name, name) not in wanted:
                 task = stages.task(task_name)
                 chosen = tuple(task["test"][i] for i in examples)
-                further[task_name, name] = ScoreRequest(_adapter(stages, name), task, chosen)
+                further[task_name, name] = ScoreRequest(stages.scored_adapter(name), task, chosen)
     scored = score_all(
         [*wanted.values(), *further.values()],
         stages.spec,
@@ -216,13 +216,6 @@ def evaluate(stages: Stages) -> Outcome:
     metrics["peak_memory_bytes"] = {**peak, "evaluate": scored.peak_memory_bytes}
     write_json(stages.folder / "metrics.json", metrics)
     return [stages.folder / "metrics.json"], {"peak_memory_bytes": scored.peak_memory_bytes}
-
-
-def _adapter(stages: Stages, name: str) -> Path | None:
-    """Where an adapter is that a score has a part of; None for the bare base."""
-    if name == "start":
-        return stages.start if stages.warm else None
-    return stages.adapter_folder(name)
 
 
 def _flops(stages: Stages) -> dict[str, float]:

@@ -281,7 +281,7 @@ class _Boosting:
     def _ensemble_scores(self, examples: Mapping[str, tuple[EncodedExample, ...]]) -> dict[str, Scores]:
         """Scores (n, K) of the ensemble without boosters."""
         used = {task: [g for g, weight in enumerate(self.weights[task]) if weight > 0] for task in examples}
-        adapters = [self.stages.adapter_folder(name) for name in self.stages.group_names]
+        adapters = [self.stages.adapter_folder(name) for name in self.stages.members]
         requests = [
             ScoreRequest(adapters[g], self.stages.task(task), found)
             for task, found in examples.items()

@@ -57,10 +57,12 @@ def merge_ensembles(stages: Stages, ensemble: Mapping[str, Any], scored: bool) -
     """
     settings, done = stages.config.ensemble, MergedEnsembles()
     whole = {task: ensemble_parts(ensemble, task, stages.warm) for task in ensemble["weights"]}
-    main = {
-        task: f"adapters/{ensemble['adapters'][int(np.argmax(weights))]}"
-        for task, weights in ensemble["weights"].items()
-    }
+    # The part of the largest weight; boosters, and θ₀ as what they are counted from, are no such parts.
+    unboosted = {**ensemble, "boosting": {}}
+    main: dict[str, str] = {}
+    for task in whole:
+        parts = ensemble_parts(unboosted, task, stages.warm)
+        main[task] = max((part for part in parts if part is not None), key=lambda part: parts[part])
     several = {task: parts for task, parts in whole.items() if len(parts) > 1}
     tried = _tried(stages, several, main, scored, done) if several and settings.merge_prompts else {}
     for task, parts in whole.items():

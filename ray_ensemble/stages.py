@@ -361,10 +361,21 @@ class Stages:
         """The group that a task is in."""
         return next(g for g, group in enumerate(self.partition) if task in group)
 
+    @property
+    def members(self) -> list[str]:
+        """The adapters that an ensemble weighs: the groups', and the common start where it was trained."""
+        return [*self.group_names, *(["start"] if self.warm else [])]
+
     def adapter_folder(self, name: str) -> Path:
-        """Where the adapter of this name is kept in the run folder."""
+        """Where the adapter of this name is kept in the run folder; `start` is where all of them started."""
+        if name == "start":
+            return self.start
         kinds = {"qlora_all": "baselines", "booster": "boosters"}
         return self.folder / kinds.get(name.partition("-")[0], "adapters") / name
+
+    def scored_adapter(self, name: str) -> Path | None:
+        """As `adapter_folder`, for scores: None, the bare base, for a start that was not trained and adds nothing to it."""
+        return None if name == "start" and not self.warm else self.adapter_folder(name)
 
 
 def encode_all(tasks: Sequence[Task], tokenizer: Any, config: JobConfig) -> list[EncodedTask]:

@@ -103,7 +103,8 @@ def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[
         states[-1],
         states[:-1],
         np.array([ensemble["weights"][name] for name in names]),
-        [stages.own_group(name) for name in names],
+        # Its group's adapter, and the start, if there is one, behind the groups'.
+        [[stages.own_group(name), *range(len(stages.group_names), len(stages.members))] for name in names],
         scores,
         [np.array([example.label for example in found]) for found in held_out],
     )
@@ -121,11 +122,11 @@ def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[
 
 
 def _scores(stages: Any, wanted: list[Any]) -> list[Any]:
-    """Scores (m, N, K) of the groups' adapters on the examples of each (task, examples)."""
+    """Scores (m, N, K) of the ensemble's adapters on the examples of each (task, examples)."""
     from ray_ensemble.ensemble import ScoreRequest, score_all
 
     stages.need_ray()
-    names = stages.group_names
+    names = stages.members
     requests = [
         ScoreRequest(stages.adapter_folder(name), task, examples) for task, examples in wanted for name in names
     ]

@@ -49,7 +49,7 @@ def write_run(
         model: the base.
         tasks: the folder of task folders.
         quantization: `none` or `nf4`.
-        warm: whether the run starts at a trained θ₀.
+        warm: whether the run starts at a trained θ₀, which then has a quarter of the weight in two datasets' ensembles.
         changes: sections of the job.
     """
     folder.mkdir()
@@ -68,11 +68,13 @@ def write_run(
         moved(start, folder / "adapters" / f"group-{g}", g)
     for b in range(2):
         moved(folder / "wide", folder / "boosters" / f"booster-{b}", 10 + b)
-    write_json(
-        folder / "ensemble.json",
-        {"adapters": [f"group-{g}" for g in range(4)], "weights": WEIGHTS, "boosting": BOOSTING},
-    )
-    for task, weights in WEIGHTS.items():
-        folders = [folder / "adapters" / f"group-{g}" for g in range(4)]
-        merge_adapters(folders, weights, folder / "merged" / task)
+    names, weights = [f"group-{g}" for g in range(4)], WEIGHTS
+    folders = [folder / "adapters" / name for name in names]
+    if warm:
+        shares = {"films": 0.25, "contrary": 0.25, "phones": 0.0, "options": 0.0}
+        weights = {task: [*((1 - shares[task]) * w for w in found), shares[task]] for task, found in WEIGHTS.items()}
+        names, folders = [*names, "start"], [*folders, start]
+    write_json(folder / "ensemble.json", {"adapters": names, "weights": weights, "boosting": BOOSTING})
+    for task, found in weights.items():
+        merge_adapters(folders, found, folder / "merged" / task)
     return folder

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import write_job
 
 from ray_ensemble import Job
+from ray_ensemble.ensemble import Predictor
 from ray_ensemble.files import sha256_file
 from ray_ensemble.gradients import GradientStore
 from ray_ensemble.gradients.per_example import GradientCollector
@@ -40,6 +41,7 @@ def test_gradients_are_taken_and_adapters_trained_from_the_meta_start(ray_cluste
         tmp_path, tiny_model, task_folder,
         gradients={"dim": 64, "replicas": 2, "start": "meta", "meta_steps": 12},
         training={"epochs": 1, "min_steps": 4, "learning_rate": 5.0e-3, "checkpoint_every": 4},
+        ensemble={"weights": "uniform"},
     )  # fmt: skip
     job = Job.from_yaml(path)
     folder = job.gradients(tmp_path / "run").folder
@@ -77,6 +79,21 @@ def test_gradients_are_taken_and_adapters_trained_from_the_meta_start(ray_cluste
     assert json.loads((baseline / "result.json").read_text())["steps"] == 12 + sum(steps)
     untrained = attach_adapters(load_base(tiny_model, "none", torch.device("cpu")), {"default": drawn})
     assert first_loss(baseline) == pytest.approx(batch_loss(untrained, tasks, names, config), rel=1e-3)
+
+    # It is one of the adapters that are weighed. With all weights alike every stage has to do with it.
+    job.through("evaluate", folder)
+    ensemble = json.loads((folder / "ensemble.json").read_text())
+    groups = json.loads((folder / "partition.json").read_text())["m"]
+    assert ensemble["adapters"] == [*(f"group-{g}" for g in range(groups)), "start"]
+    assert ensemble["weights"]["films"] == pytest.approx([1 / (groups + 1)] * (groups + 1))
+    metrics = json.loads((folder / "metrics.json").read_text())["tasks"]
+    rows = [json.loads(line) for line in (task_folder / "films" / "test.jsonl").read_text().splitlines()]
+    found = Predictor(folder, ["films"]).predict([("films", row) for row in rows])
+    losses = [
+        -np.log(list(each["probabilities"].values())[row["label"]]) for each, row in zip(found, rows, strict=True)
+    ]
+    assert np.mean(losses) == pytest.approx(metrics["films"]["ensemble"]["loss"], rel=1e-4)
+    assert metrics["films"]["ensemble"]["loss"] != metrics["films"]["group"]["loss"]
 
 
 def first_loss(adapter: Path) -> float:

@@ -57,7 +57,7 @@ def _introduction(run: FinishedRun) -> str:
     if boosters:
         rows.insert(2, ["`boosters/<name>/`", "PEFT adapters that boosting added"])
     if run.starts_warm:
-        rows.insert(3, ["`start/`", "the PEFT adapter that boosters are counted from"])
+        rows.insert(3, ["`start/`", "the PEFT adapter that all others started from, trained on all datasets"])
     model = run.plan["model"]
     return (
         f"# LoRA adapters for {len(run.tasks)} datasets on {run.base}\n\n"
@@ -124,9 +124,11 @@ def _data(run: FinishedRun) -> str:
 
 
 def _partition(run: FinishedRun) -> str:
-    groups = zip(run.ensemble["adapters"], run.partition["groups"], strict=True)
-    rows = [[f"`{name}`", ", ".join(group), run.steps.get(name, "")] for name, group in groups]
     names = run.ensemble["adapters"]
+    groups = zip([name for name in names if name != "start"], run.partition["groups"], strict=True)
+    rows = [[f"`{name}`", ", ".join(group), run.steps.get(name, "")] for name, group in groups]
+    if "start" in names:
+        rows.append(["`start`", "all", run.config.gradients.meta_steps])
     weights = [[task, *(f"{w:.3f}" if w else "0" for w in found)] for task, found in run.ensemble["weights"].items()]
     text = (
         f"## Partition\n\nFound by `{run.partition['method']}` with seed {run.partition['seed']}; estimated objective "

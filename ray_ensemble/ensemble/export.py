@@ -40,7 +40,7 @@ class FinishedRun:
     def adapters(self) -> dict[str, str]:
         """The adapters that are exported: path in the folder -> the name under which vLLM serves it."""
         served = {f"merged/{task['name']}": task["name"] for task in self.tasks}
-        served |= {f"adapters/{name}": f"adapters/{name}" for name in self.ensemble["adapters"]}
+        served |= {f"adapters/{name}": f"adapters/{name}" for name in self.ensemble["adapters"] if name != "start"}
         served |= {f"boosters/{name}": f"boosters/{name}" for name in self.ensemble["boosting"]["adapters"]}
         if self.starts_warm:
             served["start"] = "start"
@@ -48,7 +48,7 @@ class FinishedRun:
 
     @property
     def starts_warm(self) -> bool:
-        """Whether the boosters' scores are counted from a trained start rather than from the base."""
+        """Whether the adapters' common start was trained and has a part in a dataset's ensemble."""
         warm = self.config.gradients.start == "meta"
         return any("start" in ensemble_parts(self.ensemble, task["name"], warm) for task in self.tasks)
 

@@ -51,7 +51,8 @@ class Exported:
             total = self._scores(f"merged/{task}", task, fields)
         else:
             weights = zip(self.ensemble["adapters"], self.ensemble["weights"][task], strict=True)
-            parts = [w * self._scores(f"adapters/{name}", task, fields) for name, w in weights if w]
+            folders = [("start" if name == "start" else f"adapters/{name}", w) for name, w in weights]
+            parts = [w * self._scores(folder, task, fields) for folder, w in folders if w]
             boosting = self.ensemble["boosting"]
             for booster in boosting.get("boosters", {}).get(task, []):
                 start = "start" if (self.folder / "start").is_dir() else None

@@ -49,7 +49,7 @@ def weights_of_similarity(
     state: FloatArray,
     states: FloatArray,
     weights: FloatArray,
-    own: Sequence[int],
+    trained_on: Sequence[Sequence[int]],
     scores: Sequence[FloatArray],
     labels: Sequence[IntArray],
 ) -> SimilarWeights:
@@ -57,14 +57,14 @@ def weights_of_similarity(
 
     A share is softmax(cosine / τ) over the run's datasets, the cosine being of mean hidden states less their mean over the run.
     τ is chosen on the run's own datasets, each in turn taken for one that is not known: it gets weights from the others, without
-    the adapter of its own group, and its held-out examples tell how good they are. The largest τ within one standard error of the
-    best is taken, infinity being plain averaging.
+    the adapters that were trained on it, and its held-out examples tell how good they are. The largest τ within one standard
+    error of the best is taken, infinity being plain averaging.
 
     Args:
         state: (H,) mean hidden state of the new dataset's prompts.
         states: (n, H) those of the run's datasets.
         weights: (n, m) of the run's datasets over the groups' adapters.
-        own: the group of each dataset.
+        trained_on: of each dataset the adapters that were trained on it.
         scores: of each dataset (m, V, K), held out.
         labels: of each (V,).
     """
@@ -75,7 +75,9 @@ def weights_of_similarity(
             break
         cosine = _cosines(states[left], states[others])
         guesses = [_shares(cosine, each) @ weights[others] for each in TEMPERATURES]  # (n − 1,) @ (n − 1, m)
-        losses.append([float(label_losses(combine(found, _without(w, own[left])), right).mean()) for w in guesses])
+        losses.append(
+            [float(label_losses(combine(found, _without(w, trained_on[left])), right).mean()) for w in guesses]
+        )
     # A dataset is one observation here: which others it is like is drawn once for all of its examples.
     choice = choose([np.array(losses).T] if losses else [], TEMPERATURES)
     cosine = _cosines(state, states)
@@ -93,11 +95,11 @@ def _shares(cosine: NDArray[np.float64], temperature: float) -> NDArray[np.float
     return found
 
 
-def _without(weights: NDArray[np.float64], group: int) -> NDArray[np.float64]:
-    """Weights (m,) without an adapter's share; the others alike where it had all."""
-    rest = weights.copy()
-    rest[group] = 0.0
-    if rest.sum() <= 1e-9 and len(rest) > 1:
-        rest = np.ones(len(rest))
-        rest[group] = 0.0
-    return np.asarray(rest / rest.sum()) if len(rest) > 1 else weights
+def _without(weights: NDArray[np.float64], adapters: Sequence[int]) -> NDArray[np.float64]:
+    """Weights (m,) without some adapters' shares; the others alike where these had all. If there are no others, as they are."""
+    others = np.setdiff1d(np.arange(len(weights)), adapters)
+    rest = np.zeros(len(weights))
+    rest[others] = weights[others]
+    if rest.sum() <= 1e-9 and len(others):
+        rest[others] = 1.0
+    return np.asarray(rest / rest.sum()) if len(others) else weights

@@ -168,7 +168,7 @@ def boosters_of(boosting: Mapping[str, Any], task: str) -> tuple[list[str], floa
 def coefficients(ensemble: Mapping[str, Any], task: str) -> dict[str, float]:
     """What a task's score takes of each adapter's: name -> coefficient, zeros left out; `start` stands for θ₀.
 
-    Σ_g w_g s_g + η Σ_b (s_b − s_θ₀) as one sum over adapters.
+    Σ_g w_g s_g + η Σ_b (s_b − s_θ₀) as one sum over adapters; where θ₀ was trained it is one of the g too.
 
     Args:
         ensemble: the content of `ensemble.json`.
@@ -177,7 +177,7 @@ def coefficients(ensemble: Mapping[str, Any], task: str) -> dict[str, float]:
     found = dict(zip(ensemble["adapters"], ensemble["weights"][task], strict=True))
     boosters, step = boosters_of(ensemble["boosting"], task)
     found |= dict.fromkeys(boosters, step)
-    found["start"] = -step * len(boosters)
+    found["start"] = found.get("start", 0.0) - step * len(boosters)
     return {name: float(value) for name, value in found.items() if value}
 
 

@@ -184,9 +184,13 @@ def is_best(data: RunData, task: str | None, variant: str, measure: Measure) -> 
 
 
 def figures(data: RunData, key: str) -> dict[str, float]:
-    """Figures by stage from `metrics.json`: `seconds` or `peak_memory_bytes`; empty where there are none."""
+    """Figures by stage from `metrics.json`: `seconds` or `peak_memory_bytes`; empty where there are none.
+
+    A stage has no peak memory if all it needed was in files, so that no process was measured.
+    """
     found = data.metrics.get(key) or {}
-    return {str(stage): float(value) for stage, value in found.items() if isinstance(value, int | float)}
+    figures = {str(stage): float(value) for stage, value in found.items() if isinstance(value, int | float)}
+    return {stage: value for stage, value in figures.items() if value or key != "peak_memory_bytes"}
 
 
 def extremes(data: RunData, limit: int) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ class SearchData:
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """A finished run. Tasks are in the order of their groups; `affinity` (n, n) and its errors follow that order.
+    """A finished run. Tasks are in the order of their groups; `affinity` (n, n) and its errors follow that order. `adapters` are
+    the groups'.
 
     What the folder may lack is empty or None here, and `notes[topic]` says in words what was not there or not
     readable.
@@ -143,7 +144,7 @@ def load_run(folder: Path) -> RunData:
     _same_tasks(folder / "tasks.json", tasks, order)
     _same_tasks(folder / "metrics.json", metrics["tasks"], order)
     affinity, errors, info = _affinity(folder / "affinity.json", order)
-    adapters = tuple(str(name) for name in ensemble["adapters"])
+    adapters = tuple(str(name) for name in ensemble["adapters"] if name != "start")
     return RunData(
         folder=folder,
         config=config,

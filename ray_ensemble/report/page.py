@@ -311,7 +311,7 @@ def _weights(data: RunData) -> Html:
         rows.append(cells)
     parts: list[object] = []
     if weights:
-        parts.append(table(["dataset", *map(plain, data.adapters)], rows))
+        parts.append(table(["dataset", *map(plain, data.ensemble["adapters"])], rows))
         origin = {
             "learned": "fitted on the dataset's validation examples, held back towards its own group",
             "own": "all on the dataset's own group, not fitted",

@@ -94,12 +94,16 @@ def test_predict_py_answers_as_the_run_does(exported, run, tiny_model, task):
         assert program.predict(task, TEXT, merged) == pytest.approx(ours, abs=2e-5)
 
 
-def test_boosters_from_a_warm_start(tiny_model, task_folder, tmp_path):
+def test_a_warm_start_goes_with_the_ensembles_that_weigh_it(tiny_model, task_folder, tmp_path):
     run = finished(write_run(tmp_path / "run", tiny_model, task_folder, warm=True))
     folder = export_run(run, tmp_path / "exported")
-    theirs = runpy.run_path(str(folder / "predict.py"))
-    ours = Predictor(run, ["films"]).predict([("films", TEXT)])[0]["probabilities"]
-    assert theirs["Exported"](folder, str(tiny_model)).predict("films", TEXT) == pytest.approx(ours, abs=2e-5)
+    assert {path.name for path in (folder / "adapters").iterdir()} == {f"group-{g}" for g in range(4)}
+    assert (folder / "start" / "adapter_model.safetensors").is_file()
+    assert "| `start` | all |" in (folder / "README.md").read_text()
+    program = runpy.run_path(str(folder / "predict.py"))["Exported"](folder, str(tiny_model))
+    for task in ("films", "contrary"):  # with boosters and without
+        ours = Predictor(run, [task]).predict([(task, TEXT)])[0]["probabilities"]
+        assert program.predict(task, TEXT) == pytest.approx(ours, abs=2e-5)
 
 
 def test_the_card_and_its_code(exported, tiny_model, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_by_hand import BOOSTING, CPU, WEIGHTS, write_run
+from run_by_hand import BOOSTING, CPU, write_run
 from scipy.special import softmax
 
 from ray_ensemble.ensemble import Predictor, booster_scores, boosters_of, combine
@@ -51,6 +51,7 @@ def encoded_row(run: Path, model: Path, name: str, row: dict) -> EncodedTask:
 def sequential(run: Path, model: Path, requests) -> list[dict[str, float]]:
     """Probabilities by PEFT's own adapters, one after the other, a row a batch."""
     quantization = json.loads((run / "plan.json").read_text())["model"]["quantization"]
+    ensemble = json.loads((run / "ensemble.json").read_text())
     replica = ScoringReplica(ReplicaSpec(str(model), quantization, str(run / "init"), 0), 1, 1)
     found = []
     for name, row in requests:
@@ -59,11 +60,13 @@ def sequential(run: Path, model: Path, requests) -> list[dict[str, float]]:
         def scores(folder: Path | None, encoded: EncodedTask = encoded) -> np.ndarray:
             return replica.score(ScoreRequest(folder, encoded, encoded["test"]))["scores"]
 
-        total = combine(np.stack([scores(run / "adapters" / f"group-{g}") for g in range(4)]), np.array(WEIGHTS[name]))
+        start = run / "start" if (run / "start").exists() else None
+        folders = [start if member == "start" else run / "adapters" / member for member in ensemble["adapters"]]
+        total = combine(np.stack([scores(folder) for folder in folders]), np.array(ensemble["weights"][name]))
         boosters, step = boosters_of(BOOSTING, name)
         if boosters:
             stack = np.stack([scores(run / "boosters" / booster) for booster in boosters])
-            total += step * booster_scores(stack, scores(run / "start" if (run / "start").exists() else None))
+            total += step * booster_scores(stack, scores(start))
         found.append(dict(zip(encoded.labels, softmax(total[0]), strict=True)))
     return found
 

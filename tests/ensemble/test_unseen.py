@@ -40,7 +40,7 @@ def planted(generator, told, count=60):
     serving = [[g in (kind % 4, (kind + 2) % 4) for g in range(4)] for kind in kinds]
     weights = np.array([np.array(row) / 2 for row in serving])
     data = [drawn(generator, [2.5 if good else 0.0 for good in row], count) for row in serving]
-    return centres, states, weights, own, [s for s, _ in data], [y for _, y in data]
+    return centres, states, weights, [[g] for g in own], [s for s, _ in data], [y for _, y in data]
 
 
 def test_similar_datasets_lend_their_weights():
@@ -64,13 +64,26 @@ def test_where_states_tell_nothing_all_datasets_count_the_same():
     assert np.mean(chosen) >= 0.5
 
 
+def test_an_adapter_that_all_were_trained_on_says_nothing_of_a_dataset_that_none_was():
+    """A start that knows the run's datasets by heart would make every temperature look alike."""
+    _, states, weights, own, scores, labels = planted(np.random.default_rng(0), told=True)
+    plain = weights_of_similarity(states[0], states, weights, own, scores, labels)
+    start = [10.0 * (np.arange(2) == np.array(right)[:, None]) for right in labels]
+    with_start = weights_of_similarity(
+        states[0], states, np.column_stack([0.5 * weights, np.full(8, 0.5)]), [[*seen, 4] for seen in own],
+        [np.concatenate([s, each[None]]) for s, each in zip(scores, start, strict=True)], labels,
+    )  # fmt: skip
+    assert with_start.choice == plain.choice
+    np.testing.assert_allclose(with_start.weights, [*(0.5 * plain.weights), 0.5])
+
+
 @pytest.mark.parametrize("datasets", [1, 2])
 def test_a_run_of_one_group_or_one_dataset(datasets):
     generator = np.random.default_rng(0)
     states, weights = generator.normal(size=(datasets, 4)), np.ones((datasets, 1))
     data = [drawn(generator, (1.0,), 9) for _ in range(datasets)]
     found = weights_of_similarity(
-        states[0], states, weights, [0] * datasets, [s for s, _ in data], [y for _, y in data]
+        states[0], states, weights, [[0]] * datasets, [s for s, _ in data], [y for _, y in data]
     )
     np.testing.assert_allclose(found.weights, [1.0])
     assert math.isinf(found.choice.strength)

@@ -223,6 +223,14 @@ def test_a_score_is_one_sum_over_adapters():
     assert coefficients(ensemble, "u") == {"group-1": 1.0}
 
 
+def test_a_start_that_is_weighed_is_also_what_boosters_are_counted_from():
+    weights = {"t": [0.4, 0.6], "u": [1.0, 0.0]}
+    boosting = {"boosters": {"t": ["booster-0"]}, "step_sizes": {"t": 0.7}}
+    ensemble = {"adapters": ["group-0", "start"], "weights": weights, "boosting": boosting}
+    assert coefficients(ensemble, "t") == pytest.approx({"group-0": 0.4, "booster-0": 0.7, "start": 0.6 - 0.7})
+    assert coefficients(ensemble, "u") == {"group-0": 1.0}
+
+
 def test_boosters_count_by_their_difference_from_the_start():
     generator = np.random.default_rng(0)
     boosters, start = generator.normal(size=(2, 7, 3)), generator.normal(size=(7, 3))

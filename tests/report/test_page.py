@@ -195,6 +195,19 @@ def test_merged_is_shown_against_unmerged_for_every_dataset(run_of):
     assert "vLLM serves them with --max-lora-rank 16." in text
 
 
+def test_a_common_start_has_a_column_of_weights_and_no_group(run_of):
+    folder = run_of()
+    path = folder / "ensemble.json"
+    ensemble = json.loads(path.read_text())
+    ensemble["adapters"] = [*ensemble["adapters"], "start"]
+    ensemble["weights"] = {task: [*(0.5 * w for w in found), 0.5] for task, found in ensemble["weights"].items()}
+    path.write_text(json.dumps(ensemble))
+    text = Page(write_report(folder).read_text()).text
+    head = " ".join(["dataset", *ensemble["adapters"]])
+    assert head in " ".join(text.split())
+    assert load_run(folder).adapters == tuple(ensemble["adapters"][:-1])
+
+
 def test_what_is_missing_is_told_in_words(run_of):
     folder = run_of()
     for name in ("plan.json", "search/trials.csv"):

@@ -83,6 +83,16 @@ def test_what_was_not_measured_is_told(run_folder):
         assert words in text
 
 
+def test_a_stage_that_found_all_it_needed_in_files_has_no_peak_memory(run_folder):
+    path = run_folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["peak_memory_bytes"]["ensemble"] = 0
+    path.write_text(json.dumps(metrics))
+    peaks = " ".join(printed(run_folder, 200).split()).partition("peak memory")[2].partition("Report:")[0]
+    assert "gradients" in peaks
+    assert "ensemble" not in peaks
+
+
 def test_a_run_that_is_not_finished_is_refused_by_name(run_folder):
     (run_folder / "metrics.json").unlink()
     with pytest.raises(InputError, match=r"metrics\.json"):
