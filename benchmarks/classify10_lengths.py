@@ -15,13 +15,15 @@ from ray_ensemble.files import read_json
 from ray_ensemble.training import task_steps
 
 
-def pass_flops(experiment: Experiment, share: float = 1.0) -> float:
-    """Operations of the gradient pass if only `share` of each training split had gradients, and all of validation."""
+def pass_flops(experiment: Experiment, share: float | None = None) -> float:
+    """Operations of the gradient pass if `share` of each training split had gradients (by default as many examples as had them),
+    and all of validation.
+    """
     job, forward, backward, projected = experiment.job, 0.0, 0.0, 0.0
-    for name in experiment.names:
+    for name, examples in zip(experiment.names, experiment.examples, strict=True):
         for split in ("train", "validation"):
             info = read_json(job.folder / "gradients" / name / split / "info.json", "gradient split")
-            part = share if split == "train" else 1.0
+            part = 1.0 if share is None or split == "validation" else share * examples / info["examples"]
             forward += part * info["forward_tokens"]
             backward += part * info["backward_tokens"]
             # Every example has as many backward passes as it has targets, each over its own tokens.
