@@ -31,7 +31,7 @@ from rich.console import Console
 
 from ray_ensemble.config import TrainingConfig, load_config
 from ray_ensemble.errors import InputError, RunError
-from ray_ensemble.files import jsonl_appender, write_json, write_text
+from ray_ensemble.files import jsonl_appender, read_json, write_json, write_text
 from ray_ensemble.report.facts import seconds
 from ray_ensemble.runtime import cluster_cpus, cluster_gpus, prepare_environment
 
@@ -64,6 +64,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as for ray-ensemble")
     parser.add_argument("--seeds", type=int, default=3, help="trainings and searches of every arm (default: 3)")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--groups", type=Path, metavar="FILE", help="groups of your own for the arm by_hand (JSON)")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so many minutes (0: tell only)")
     args = parser.parse_args(argv)
     if args.seeds < 1:
@@ -284,7 +285,12 @@ def run(argv: Sequence[str]) -> tuple[dict[str, Any], bool]:
         experiment = Experiment(args.output, load_config(args.job, args.set), stack)
         if experiment.job.folder.finished("gradients"):
             experiment.job.through("gradients")  # refuses data that have changed
-        wanted = [arm for arm in args.only or ARMS if arm != "per_dataset_fresh" or experiment.job.warm]
+        if args.groups:
+            experiment.keep_by_hand(read_json(args.groups, "file of groups"), args.groups)
+        elif "by_hand" in (args.only or ()) and not experiment.hand_file.exists():
+            raise InputError("--only by_hand: --groups FILE says which datasets go together")
+        absent = {"per_dataset_fresh": not experiment.job.warm, "by_hand": not experiment.hand_file.exists()}
+        wanted = [arm for arm in args.only or ARMS if not absent.get(arm)]
         arms = with_needs(wanted)
         complete = Bench(experiment, arms, args.seeds).run(args.minutes)
         told = figures(experiment, arms, args.seeds)

@@ -308,6 +308,7 @@ ARMS: dict[str, Arm] = {
     "hidden_states": _partition_arm(
         "groups by hidden states, as many, fitted weights", "hidden_states", ("search", "hidden_states")
     ),
+    "by_hand": _partition_arm("groups by hand (--groups), fitted weights", "by_hand", needs=()),
     "qlora_lower_rate": _joint_arm("one QLoRA, learning rate / 3", "qlora_lower_rate", RATES["qlora_lower_rate"]),
     "qlora_higher_rate": _joint_arm("one QLoRA, learning rate · 3", "qlora_higher_rate", RATES["qlora_higher_rate"]),
     "qlora_tuned": Arm("one QLoRA, best of the three rates on validation", _tuned, needs=("qlora_all", *RATES)),

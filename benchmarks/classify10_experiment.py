@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ray_ensemble.config import JobConfig
 from ray_ensemble.ensemble import ScoreRequest, score_all
+from ray_ensemble.errors import InputError
 from ray_ensemble.estimator.similarity import centred_cosines
 from ray_ensemble.evaluation import ModelSize, training_flops
 from ray_ensemble.evaluation.hidden_states import mean_hidden_states
@@ -183,9 +184,38 @@ class Experiment:
         partition: dict[str, Any] = read_json(self.place("found", seed).folder / "partition.json", "partition")
         return partition
 
+    @property
+    def hand_file(self) -> Path:
+        """Groups of the user's own, if there are any."""
+        return self.path / "by_hand.json"
+
+    def keep_by_hand(self, groups: Any, source: Path) -> None:
+        """Take groups of the user's own, for good.
+
+        Raises:
+            InputError: they are no partition of the tasks, or not those that the folder has.
+        """
+        if not (isinstance(groups, list) and groups and all(isinstance(g, list) and g for g in groups)):
+            raise InputError(f'{source}: groups are a list of lists of dataset names, as [["a", "b"], ["c"]]')
+        named = [task for group in groups for task in group]
+        for task in named:
+            if task not in self.names:
+                raise InputError(f"{source}: no dataset is called {task!r}; there are {', '.join(self.names)}")
+            if named.count(task) > 1:
+                raise InputError(f"{source}: {task} is in two groups or twice in one")
+        if missing := [name for name in self.names if name not in named]:
+            raise InputError(f"{source}: in no group: {', '.join(missing)}")
+        ordered = sorted(
+            (sorted(group, key=self.names.index) for group in groups), key=lambda g: self.names.index(g[0])
+        )
+        if not self.hand_file.exists():
+            write_json(self.hand_file, ordered)
+        elif read_json(self.hand_file) != ordered:
+            raise InputError(f"{source}: {self.hand_file} has other groups; take another --output")
+
     def groups(self, kind: str, seed: int) -> list[list[str]]:
-        """The groups of a kind of partition, as names of tasks: `found`, `alone`, and as many as were found `random` or by
-        `hidden_states`.
+        """The groups of a kind of partition, as names of tasks: `found`, `alone`, `by_hand`, and as many as were found `random`
+        or by `hidden_states`.
         """
         if (kind, seed) not in self._groups:
             self._groups[kind, seed] = self._grouped(kind, seed)
@@ -194,6 +224,9 @@ class Experiment:
     def _grouped(self, kind: str, seed: int) -> list[list[str]]:
         if kind == "alone":
             return [[name] for name in self.names]
+        if kind == "by_hand":
+            chosen: list[list[str]] = read_json(self.hand_file, "groups by hand")
+            return chosen
         found = self.found(seed)
         groups: list[list[str]] = found["groups"]
         if kind == "found":

@@ -162,7 +162,9 @@ def rows(told: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def dataset_rows(told: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Accuracy on each dataset, those first on which ours gains most over one QLoRA; empty before both are there."""
     arms = told["arms"]
-    columns = [name for name in ("base", "qlora_all", "per_dataset", "own_group", "ours", "boosted") if name in arms]
+    columns = [
+        name for name in ("base", "qlora_all", "per_dataset", "by_hand", "own_group", "ours", "boosted") if name in arms
+    ]
     others = [other for other in REFERENCES if other in arms]
     if "ours" not in arms or "qlora_all" not in arms:
         return [], []

@@ -158,8 +158,45 @@ def test_every_partition_has_the_same_steps(experiment, arms):
     assert experiment.config.training.min_steps == 0
     alone = [work.job.steps for work in arms.ARMS["per_dataset"].works(experiment, 0)]
     assert sum(alone) + experiment.warm_up == experiment.steps
+    experiment.keep_by_hand([["phones", "films"], ["contrary"]], Path("groups.json"))
+    by_hand = arms.ARMS["by_hand"].works(experiment, 1)
+    assert [(work.job.members, work.job.steps) for work in by_hand] == [(("contrary",), 2), (("films", "phones"), 7)]
     assert experiment.wide(3).config.adapter.rank == 12
     assert experiment.wide(3).config.adapter.alpha == 96
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"a": ["films"]}, "a list of lists of dataset names"),
+        ([["films", "phones", "contrary"], []], "a list of lists of dataset names"),
+        ([["films", "phones"], ["films", "contrary"]], "films is in two groups or twice in one"),
+        (
+            [["films", "phones"], ["contrary", "tunes"]],
+            "no dataset is called 'tunes'; there are contrary, films, phones",
+        ),
+        ([["films"], [["contrary"]]], "no dataset is called ['contrary']"),
+        ([["films"]], "in no group: contrary, phones"),
+    ],
+)
+def test_groups_by_hand_are_a_partition(experiment, groups, message):
+    from ray_ensemble.errors import InputError
+
+    with pytest.raises(InputError) as raised:
+        experiment.keep_by_hand(groups, Path("groups.json"))
+    assert str(raised.value).startswith("groups.json: ")
+    assert message in str(raised.value)
+    assert not experiment.hand_file.exists()
+
+
+def test_a_folder_keeps_to_its_groups_by_hand(experiment):
+    from ray_ensemble.errors import InputError
+
+    experiment.keep_by_hand([["phones"], ["films", "contrary"]], Path("groups.json"))
+    experiment.keep_by_hand([["contrary", "films"], ["phones"]], Path("same.json"))
+    assert experiment.groups("by_hand", 0) == [["contrary", "films"], ["phones"]]
+    with pytest.raises(InputError, match=r"by_hand\.json has other groups"):
+        experiment.keep_by_hand([["phones", "films", "contrary"]], Path("other.json"))
 
 
 def planted(seed: int, skill: float, sizes: tuple[int, ...]) -> list[np.ndarray]:
@@ -246,6 +283,10 @@ def test_wrong_use_is_told(benchmark, job, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert benchmark.main([str(tmp_path / "none.yaml"), "--output", str(tmp_path / "run")]) == 2
     assert "none.yaml" in capsys.readouterr().err
+    assert benchmark.main([str(job), "--output", str(tmp_path / "run"), "--only", "by_hand"]) == 2
+    assert "--groups FILE says which datasets go together" in capsys.readouterr().err
+    assert benchmark.main([str(job), "--output", str(tmp_path / "run"), "--groups", str(tmp_path / "none.json")]) == 2
+    assert "none.json: this file of groups is missing" in capsys.readouterr().err
 
 
 # The whole --------------------------------------------------------------------------------------------------------------
@@ -262,7 +303,12 @@ def untimed(told: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # all arms twice
 def test_a_whole_benchmark_and_one_in_pieces_agree(benchmark, arms, job, ray_cluster, tmp_path, capsys):
+    groups = tmp_path / "groups.json"
+    groups.write_text('[["films", "phones"], ["contrary"]]')
+
     def call(name: str, *more: str) -> int:
+        if not (tmp_path / name).exists():
+            more = (*more, "--groups", str(groups))  # told once, kept with the folder
         command = [str(job), "--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json"), "--seeds", "2"]
         return benchmark.main([*command, *more])
 
