@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ray-ensemble run examples/quickstart.yaml --output runs/demo
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not slow and not bench"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not bench"
 
 test-all: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -m "not bench"
