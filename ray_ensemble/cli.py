@@ -100,11 +100,12 @@ def _predict(options: argparse.Namespace) -> int:
 def _weights(options: argparse.Namespace) -> int:
     from ray_ensemble.report import unseen_summary
     from ray_ensemble.storage import without_settings
-    from ray_ensemble.unseen import unseen_weights
+    from ray_ensemble.unseen import EXAMPLES, unseen_weights
 
     if options.examples is not None and options.examples < 0:
         raise InputError(f"--examples {options.examples}: give a number of examples, 0 for none")
-    found = unseen_weights(options.run, options.task_folder, options.examples)
+    examples = EXAMPLES if options.examples is None else options.examples
+    found = unseen_weights(options.run, options.task_folder, examples)
     _print(unseen_summary(found), f"\nwritten: {without_settings(options.run)}/unseen/{found['name']}.json")
     return 0
 
@@ -232,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         "--examples",
         type=int,
         default=None,
-        help="labelled examples to use at most (default: all; 0: go without labels)",
+        help="labelled examples to use at most (default: 256; 0: go without labels)",
     )
     serve = verbs.add_parser("serve", help="answer over HTTP with a finished run's ensembles, by Ray Serve")
     serve.add_argument("run", help="the run folder")

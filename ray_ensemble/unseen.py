@@ -17,10 +17,11 @@ from ray_ensemble.runtime import prepare_environment
 from ray_ensemble.storage import run_files, run_place
 from ray_ensemble.tasks import Task, check_name, read_few, sample
 
+EXAMPLES = 256  # labelled ones that weights are fitted on, if not said otherwise: every adapter makes a pass over them
 PROMPTS = 256  # that a dataset without labels is compared by, at most
 
 
-def unseen_weights(run: str | Path, task_folder: str | Path, examples: int | None = None) -> dict[str, Any]:
+def unseen_weights(run: str | Path, task_folder: str | Path, examples: int = EXAMPLES) -> dict[str, Any]:
     """Weights of a dataset that the run has not seen: `unseen/<name>.json` in the run folder, and what it holds.
 
     With two labelled examples or more they are fitted on these and pulled towards uniform weights (a pass of every group's
@@ -53,7 +54,8 @@ def unseen_weights(run: str | Path, task_folder: str | Path, examples: int | Non
         stages = Stages(folder, stack)
         labelled = sample(task["train"], examples)
         if len(labelled) > 1:
-            found = _from_examples(stages, replace(task, splits={**task.splits, "train": labelled}))
+            chosen = replace(task, splits={**task.splits, "train": labelled})
+            found = _from_examples(stages, chosen, len(task["train"]))
         else:
             found = _from_similarity(stages, task, ensemble)
         result = {
@@ -67,7 +69,7 @@ def unseen_weights(run: str | Path, task_folder: str | Path, examples: int | Non
     return result
 
 
-def _from_examples(stages: Any, task: Task) -> dict[str, Any]:
+def _from_examples(stages: Any, task: Task, available: int) -> dict[str, Any]:
     from ray_ensemble.ensemble.unseen import weights_of_examples
 
     (encoded,) = stages.encode([task])
@@ -80,6 +82,7 @@ def _from_examples(stages: Any, task: Task) -> dict[str, Any]:
         "weights": fit.weights[0].tolist(),
         "method": "examples",
         "examples": len(labels),
+        "labelled": available,
         "shrinkage": fit.choice.described(),
         "held_out": {"learned": losses["learned"], "uniform": losses["uniform"]},
     }

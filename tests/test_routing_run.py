@@ -97,15 +97,17 @@ def test_weights_of_an_unseen_dataset(routed, tmp_path, capsys):
     shown = capsys.readouterr().out
     found = read(routed, "unseen/books")
     assert found["method"] == "examples"
-    assert found["examples"] == 32
+    assert (found["examples"], found["labelled"]) == (32, 32)
     assert found["labels"] == ["no", "yes"]
     assert found["prompt"] == "Review: {text}\nAnswer:"
     assert found["adapters"] == read(routed, "ensemble")["adapters"]
     assert sum(found["weights"]) == pytest.approx(1)
     assert min(found["weights"]) >= 0
     assert f"{found['held_out']['learned']:.3f}" in shown
+    assert "Weights for books from 32 labelled examples" in shown
     assert main([*command, "--examples", "5"]) == 0
-    assert read(routed, "unseen/books")["examples"] == 5
+    assert "Weights for books from 5 of 32 labelled examples" in capsys.readouterr().out
+    assert (read(routed, "unseen/books")["examples"], read(routed, "unseen/books")["labelled"]) == (5, 32)
     # Without labels: as many as there are, said so or not.
     assert main([*command, "--examples", "0"]) == 0
     bare = read(routed, "unseen/books")

@@ -51,7 +51,8 @@ def unseen_summary(found: Mapping[str, Any]) -> Group:
     ]
     if found["method"] == "examples":
         losses = found["held_out"]
-        about = facts.count(found["examples"], "labelled example")
+        used, labelled = found["examples"], found["labelled"]
+        about = f"{used:,} of " * (used < labelled) + facts.count(labelled, "labelled example")
         rows.append(("held-out loss", f"{number(losses['learned'])}, {number(losses['uniform'])} with uniform weights"))
     else:
         about = f"the hidden states of {facts.count(found['examples'], 'prompt')}"
