@@ -65,9 +65,14 @@ def train_adapters(
         InputError: a job asks for more than the cluster has, or for a logger that is not installed.
         RunError: jobs failed for good. The others are finished first and kept, `failures.json` in the run folder names those
             that failed, and the message says what to do.
+        ValueError: two different jobs have one name.
     """
     check_loggers(config.training.loggers)
-    keys = {job.name: job_key(job, tasks, config, base) for job in jobs}
+    keys: dict[str, str] = {}
+    for job in jobs:
+        key = job_key(job, tasks, config, base)
+        if keys.setdefault(job.name, key) != key:
+            raise ValueError(f"two different adapters are called {job.name!r}")
     wanted: dict[str, AdapterJob] = {}
     for job in jobs:
         if finished(folder, keys[job.name]) is None:

@@ -103,6 +103,15 @@ def small_output(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.chaos
+def test_different_adapters_of_one_name_are_refused(tasks, tiny_model, initial, tmp_path):
+    """Else one would be filed as the other."""
+    names = [task.name for task in tasks]
+    jobs = [AdapterJob("pair", (names[0], names[1]), steps, 0) for steps in (3, 4)]
+    with pytest.raises(ValueError, match="'pair'"):
+        train(jobs, tasks, tiny_model, initial, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_is_told_and_the_same_call_goes_on_once_there_is_room(
     ray_cluster, tasks, tiny_model, initial, small_output
 ):
