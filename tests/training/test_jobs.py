@@ -101,8 +101,6 @@ def small_output(tmp_path):
         yield folder
 
 
-@pytest.mark.slow
-@pytest.mark.chaos
 def test_different_adapters_of_one_name_are_refused(tasks, tiny_model, initial, tmp_path):
     """Else one would be filed as the other."""
     names = [task.name for task in tasks]
@@ -112,6 +110,8 @@ def test_different_adapters_of_one_name_are_refused(tasks, tiny_model, initial, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_full_disk_is_told_and_the_same_call_goes_on_once_there_is_room(
     ray_cluster, tasks, tiny_model, initial, small_output
 ):
