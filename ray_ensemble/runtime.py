@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ray_ensemble.errors import InputError, RunError
@@ -157,6 +157,33 @@ def release_orphaned_groups(actor: str | None = None) -> int:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
             found += 1
     return found
+
+
+def living_controllers() -> set[str]:
+    """Ids in hex of the controllers of this job's Ray Train runs."""
+    import ray
+    from ray._private.state import actors
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    return {
+        identity
+        for identity, actor in actors(job_id=job).items()
+        if actor["ActorClassName"] == "TrainController" and actor["State"] != "DEAD"
+    }
+
+
+def kill_controllers(identities: Iterable[str]) -> None:
+    """End Ray Train runs of this process by their controllers' ids; their workers go with them.
+
+    `fit` keeps the handle to itself and lets only the main thread's Ctrl-C abort a run.
+    """
+    import ray
+    from ray._private.worker import global_worker
+    from ray.exceptions import ActorHandleNotFoundError
+
+    for identity in identities:
+        with suppress(ActorHandleNotFoundError):  # its run has just ended
+            global_worker.core_worker.kill_actor(ray.ActorID.from_hex(identity), True)
 
 
 def watches_preemption() -> bool:

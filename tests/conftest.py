@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +64,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ray" if "pytest.mark.ray" in (config.rootpath / file).read_text() else file
 
     return OneCluster(config, log)
+
+
+@pytest.fixture
+def obeys_ctrl_c() -> Iterator[None]:
+    """SIGINT as at a terminal, for this process and what it starts: in a shell's background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -125,3 +125,23 @@ def test_workers_killed_in_gradients_and_training(whole_job, finished_run, tmp_p
     driver.wait_for("a training worker", lambda: kill_worker(driver, "ray::RayTrainWorker"))
     driver.finish()
     assert_same_end(output, finished_run)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_search_and_training(obeys_ctrl_c, whole_job, finished_run, tmp_path):
+    output = tmp_path / "run"
+    moments = {
+        "the search": lambda: (output / "affinity.json").exists() and not (output / "partition.json").exists(),
+        "a checkpoint": lambda: any((output / "checkpoints").glob("*/step-*")),
+    }
+    for what, reached in moments.items():
+        driver = Driver(whole_job, output)
+        driver.wait_for(what, reached)
+        started = children_of(driver.process.pid)
+        driver.process.send_signal(signal.SIGINT)
+        assert driver.process.wait(TIMEOUT) == 130, what
+        assert (tmp_path / "log.txt").read_text().rstrip().endswith("interrupted; the same command goes on from here")
+        assert not [pid for pid in started if Path(f"/proc/{pid}").exists()], "the run's Ray was left behind"
+    assert not any((output / "adapters").glob("*")), "it trained to the end first"
+    Driver(whole_job, output).finish()
+    assert_same_end(output, finished_run)

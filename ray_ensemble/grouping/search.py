@@ -367,7 +367,8 @@ def _fit(tuner: Callable[[], Any], trials: int, experiment: Path) -> list[dict[s
         OSError: the disk is full.
     """
     for left in reversed(range(TRIAL_RETRIES + 1)):
-        with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1"):
+        # Tune's handler of Ctrl-C would stay after the search and swallow one that is meant for what comes later.
+        with _environment(RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="1", TUNE_DISABLE_SIGINT_HANDLER="1"):
             results = tuner().fit()
         errors = results.errors
         if any(os.strerror(errno.ENOSPC) in str(error) for error in errors):

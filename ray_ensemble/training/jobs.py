@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ray_ensemble.runtime import (
 )
 from ray_ensemble.storage import bring, drop, run_copy, run_of, train_storage
 from ray_ensemble.tasks import EncodedTask
+from ray_ensemble.training.background import in_background
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.callbacks import group_release, interruption_watch, is_lost_actor, is_memory_kill
 from ray_ensemble.training.loggers import check_loggers
@@ -139,24 +139,20 @@ def _run_all(
     ]
     total = sum(job.steps for job in wanted.values())
     failures: dict[str, str] = {}
+    runs = [
+        _PackRun(pack, _members(pack, tasks), training, demands[next(iter(pack.jobs))], folder, model)
+        for pack in ordered
+    ]
     with (
         Bar(f"training {len(wanted)} adapters", total, "steps") as bar,
-        ThreadPoolExecutor(min(at_once, len(ordered))) as threads,
+        in_background([run.to_its_end for run in runs], at_once) as futures,
     ):
-        futures = {
-            threads.submit(
-                _PackRun(
-                    pack, _members(pack, tasks), training, demands[next(iter(pack.jobs))], folder, model
-                ).to_its_end
-            ): pack
-            for pack in ordered
-        }
         stop = threading.Event()
         figures = current_figures()
         watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, figures, stop), daemon=True)
         watcher.start()
         try:
-            for future, pack in futures.items():
+            for future, pack in zip(futures, ordered, strict=True):
                 error = future.exception()
                 bring(folder, f"checkpoints/{pack.name}/failed", *(f"trained/{key}" for key in pack.jobs))
                 for key in pack.jobs:
@@ -225,11 +221,12 @@ class _PackRun:
     folder: Path
     model: dict[str, Any]
 
-    def to_its_end(self) -> None:
+    def to_its_end(self, given_up: threading.Event) -> None:
         """Train; a run ended by a memory kill or a lost node is run again, from its last checkpoint, `max_failures` times.
 
         Ray Train would restart the worker, but meets the kill once more when it shuts the dead worker down, and a node's
-        loss perhaps as it starts one: it takes that for a failure of its own, which it never tries again.
+        loss perhaps as it starts one: it takes that for a failure of its own, which it never tries again. Once `given_up`
+        is set, nothing is.
         """
         for left in reversed(range(self.training.max_failures + 1)):
             noted = self._memory_kills()
@@ -238,7 +235,7 @@ class _PackRun:
                 return
             except Exception as error:
                 memory = is_memory_kill(error)
-                if not left or not (memory or is_lost_actor(error)):
+                if given_up.is_set() or not left or not (memory or is_lost_actor(error)):
                     raise
                 if not memory:
                     reason = _reason(error, self.demand)

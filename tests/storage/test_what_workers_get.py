@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,9 @@ def test_training_workers(s3, monkeypatch):
         start = StartingPoint(located(folder.path, adapter), "h")
         pack = Pack("key", {"key": AdapterJob("group-0", ("films",), 4, 0, start)})
         spec = {"source": "a/b", "quantization": "none", "initial_adapter": located(folder.path, adapter), "pad_id": 0}
-        jobs._PackRun(pack, [TASK], CONFIG.training, jobs._Demand(1, 1.0, 0.0), folder.path, spec).to_its_end()
+        jobs._PackRun(pack, [TASK], CONFIG.training, jobs._Demand(1, 1.0, 0.0), folder.path, spec).to_its_end(
+            threading.Event()
+        )
         assert sent["train_loop_config"]["run"] == s3
         assert sent["run_config"].storage_path == f"{s3.removeprefix('s3://')}/checkpoints"
         assert_clean(sent, folder)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from ray_ensemble import RunError
 from ray_ensemble.config import AdapterConfig, JobConfig, ModelConfig, TaskConfig, TrainingConfig
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.models import attach_adapters, draw_initial_adapter, load_base
+from ray_ensemble.runtime import living_controllers
 from ray_ensemble.training import AdapterJob, StartingPoint, train_adapter, train_adapters
 from ray_ensemble.training.jobs import FAILURES
 
@@ -127,3 +131,30 @@ def test_a_full_disk_is_told_and_the_same_call_goes_on_once_there_is_room(
     ballast.unlink()
     done = train([job], tasks, tiny_model, initial, small_output / "run")
     assert_equal(done["single"].folder, alone(job, tasks, tiny_model, initial))
+
+
+def test_ctrl_c_ends_the_runs_and_gives_back_what_they_hold(
+    obeys_ctrl_c, ray_cluster, tasks, tiny_model, initial, tmp_path
+):
+    """Hours of training, a job under way and one that waits, in a process that lives on, as a notebook does."""
+    import ray
+
+    names, run = [task.name for task in tasks], tmp_path / "run"
+    jobs = [AdapterJob(name, (name,), 500_000 + i, i) for i, name in enumerate(names[:2])]
+    main = threading.main_thread().ident
+
+    def interrupt() -> None:
+        while not any(log.stat().st_size for log in run.glob("checkpoints/*/logs/*.jsonl")):
+            time.sleep(0.1)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train(jobs, tasks, tiny_model, initial, run, pack=1, concurrency=1)
+    assert not living_controllers()
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "what the run held was not given back"
+        time.sleep(0.1)
+    assert not living_controllers(), "it was started again"
+    assert len(list(run.glob("checkpoints/*"))) == 1, "the second was begun"
