@@ -15,7 +15,7 @@ from classify10_experiment import Experiment, Result, Scores, Work
 from numpy.typing import NDArray
 
 from ray_ensemble.adapter_stages import ensemble
-from ray_ensemble.ensemble import add_up, coefficients, combine
+from ray_ensemble.ensemble import add_up, coefficients, combine, learn_weights, scale_of
 from ray_ensemble.evaluation import ModelSize, forward_flops, losses_and_hits
 from ray_ensemble.files import read_json, write_json
 from ray_ensemble.stages import Stages
@@ -64,6 +64,23 @@ def _single(works: Callable[[Experiment, int], list[Work]]) -> Callable[[Experim
 
 def _base(experiment: Experiment, seed: int) -> Result:
     return Result(experiment.score_one(None, experiment.job))
+
+
+def _scaled(experiment: Experiment, seed: int) -> Result:
+    """One QLoRA with a scale for each task, fitted as ours are and on the same held-out examples."""
+    (adapter,) = experiment.adapters(_joint("qlora_all")(experiment, seed))
+    started = time.monotonic()
+    folders: dict[tuple[str, str], Path | None] = {(task, ""): adapter.folder for task in experiment.names}
+    scores, tokens = experiment.score(folders, experiment.job, "held out")
+    labels = [np.array([e.label for e in experiment.job.held_out(task)]) for task in experiment.names]
+    fit = learn_weights([found[None] for found in scores.values()], labels, [np.ones(1)] * len(labels))
+    seconds = time.monotonic() - started
+    test = dict(zip(experiment.names, experiment.scores("qlora_all", seed), strict=True))
+    result = Result({task: combine(test[task][None], w) for task, w in zip(test, fit.scaled, strict=True)})
+    result.like(experiment.cost("qlora_all", seed))
+    result.add("validation", forward_flops(experiment.job.size(), tokens), seconds)
+    result.about = {**result.about, "scales": dict(zip(test, fit.scales, strict=True))}
+    return result
 
 
 def _tuned(experiment: Experiment, seed: int) -> Result:
@@ -266,7 +283,8 @@ def _merged(experiment: Experiment, seed: int) -> Result:
         (task, ""): place.folder / "merged" / task for task in experiment.names
     }
     scores, _ = experiment.score(folders, place)
-    result = Result({task: each for (task, _), each in scores.items()})
+    told = read_json(place.folder / "ensemble.json", "ensemble")
+    result = Result({task: scale_of(told, task) * each for (task, _), each in scores.items()})
     result.like(experiment.cost("ours", seed))
     result.add("merging", **result.about["merging"])
     return result
@@ -298,6 +316,7 @@ def _partition_arm(told: str, kind: str, needs: tuple[str, ...] = ("search",)) -
 ARMS: dict[str, Arm] = {
     "base": Arm("base model, not trained", _base),
     "qlora_all": _joint_arm("one QLoRA on all", "qlora_all"),
+    "qlora_scaled": Arm("one QLoRA, scores scaled on validation", _scaled, needs=("qlora_all",)),
     "ours": _partition_arm("ours: found groups, fitted weights", "found"),
     "own_group": Arm("ours without weights: own group's adapter", _own_group, needs=("search", "ours")),
     "merged": Arm("ours merged into one adapter a dataset", _merged, needs=("search", "ours")),

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ from ray_ensemble.evaluation import ModelSize, training_flops
 from ray_ensemble.evaluation.hidden_states import mean_hidden_states
 from ray_ensemble.files import read_json, sha256_file, whole_folder, write_array, write_json
 from ray_ensemble.grouping.baselines import Method, group_by_similarity, random_partitions
-from ray_ensemble.real_runs import TruthSplit
 from ray_ensemble.run_folder import RunFolder
 from ray_ensemble.stages import Stages
 from ray_ensemble.training import AdapterJob, StartingPoint, TrainedAdapter, job_key, task_steps, train_adapters
@@ -302,14 +301,21 @@ class Experiment:
         return [each for each in found if each is not None]
 
     def score(
-        self, folders: Mapping[tuple[str, str], Path | None], place: Stages, split: TruthSplit = "test"
+        self,
+        folders: Mapping[tuple[str, str], Path | None],
+        place: Stages,
+        split: Literal["test", "validation", "held out"] = "test",
     ) -> tuple[dict[tuple[str, str], Scores], int]:
-        """Scores (N, K) of adapters, by (task, name), and tokens; None stands for the base."""
+        """Scores (N, K) of adapters, by (task, name), and tokens; None stands for the base.
+
+        Held out are the validation examples that the search does not see.
+        """
         place.need_ray()
         requests = []
         for (task, _), adapter in folders.items():
             encoded = place.task(task)
-            requests.append(ScoreRequest(adapter, encoded, encoded[split]))
+            examples = place.held_out(task) if split == "held out" else encoded[split]
+            requests.append(ScoreRequest(adapter, encoded, examples))
         scored = score_all(
             requests, place.spec, place.config.gradients, place.base_hashes, self.job.folder.path, f"{split} scores"
         )

@@ -74,6 +74,7 @@ def ensemble(stages: Stages) -> Outcome:
     own = {task.name: np.eye(len(names))[stages.own_group(task.name)] for task in stages.encoded}
     alike = [1.0 / len(names)] * len(names)
     weights = {task: alike if settings.weights == "uniform" else found.tolist() for task, found in own.items()}
+    scales = dict.fromkeys(own, 1.0)
     described: dict[str, Any] = {"adapters": names, "method": settings.weights}
     scores: dict[str, NDArray[np.float32]] = {}
     tokens, peak = 0, 0
@@ -94,8 +95,9 @@ def ensemble(stages: Stages) -> Outcome:
             for i, task in enumerate(stages.encoded)
         }
     if learned:
-        weights, about = _learned_weights(stages, scores, own)
+        weights, scales, about = _learned_weights(stages, scores, own)
         described |= about
+    scaled = {task: scales[task] * np.array(found) for task, found in weights.items()}
     files = [stages.folder / "ensemble.json"]
     facts = {"flops": forward_flops(stages.size(), tokens), "peak_memory_bytes": peak}
     shutil.rmtree(stages.folder / "boosters", ignore_errors=True)
@@ -103,8 +105,7 @@ def ensemble(stages: Stages) -> Outcome:
     if boosting:
         from ray_ensemble.boosting import boost
 
-        combined = {task: combine(found, np.array(weights[task])) for task, found in scores.items()}
-        done = boost(stages, weights, combined)
+        done = boost(stages, scaled, {task: combine(found, scaled[task]) for task, found in scores.items()})
         boosted |= done.described()
         files += done.files
         facts["boosting_flops"] = done.flops
@@ -113,10 +114,10 @@ def ensemble(stages: Stages) -> Outcome:
     if settings.router:
         from ray_ensemble.routing import train_router
 
-        router_files, router_flops = train_router(stages, weights, scores)
+        router_files, router_flops = train_router(stages, scaled, scores)
         files += router_files
         facts["flops"] += router_flops
-    described |= {"weights": weights, "boosting": boosted}
+    described |= {"weights": weights, "scales": scales, "boosting": boosted}
     started = time.monotonic()
     merged = merge_ensembles(stages, described, scored=bool(scores))
     files += merged.files
@@ -128,8 +129,8 @@ def ensemble(stages: Stages) -> Outcome:
 
 def _learned_weights(
     stages: Stages, scores: Mapping[str, NDArray[np.float32]], own: Mapping[str, NDArray[np.float64]]
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Weights of each dataset, and what `ensemble.json` says of how they were found."""
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Any]]:
+    """Weights and scale of each dataset, and what `ensemble.json` says of how they were found."""
     from ray_ensemble.ensemble import learn_weights
 
     labels = [np.array([example.label for example in stages.held_out(task)]) for task in scores]
@@ -140,14 +141,15 @@ def _learned_weights(
         if losses is not None
     }
     weights = {task: found.tolist() for task, found in zip(scores, fit.weights, strict=True)}
-    return weights, {"shrinkage": fit.choice.described(), "held_out": held_out}
+    scales = dict(zip(scores, fit.scales, strict=True))
+    return weights, scales, {"shrinkage": {"scale": fit.shared_scale, **fit.choice.described()}, "held_out": held_out}
 
 
 def evaluate(stages: Stages) -> Outcome:
     """The test split, touched here and only here: base, one QLoRA on all, own group, ensemble (also unboosted, with uniform
     weights, and where the dataset of an input is not known), merged.
     """
-    from ray_ensemble.ensemble import ScoreRequest, add_up, coefficients, score_all
+    from ray_ensemble.ensemble import ScoreRequest, add_up, coefficients, scale_of, score_all
     from ray_ensemble.evaluation import summarise
 
     stages.need_ray()
@@ -196,7 +198,7 @@ def evaluate(stages: Stages) -> Outcome:
             "group": found[names[stages.own_group(task.name)]],
             "ensemble": boosted,
             # With one adapter in use the merged adapter is that adapter.
-            "merged": found.get("merged", found[next(iter(parts[task.name]))]),
+            "merged": scale_of(ensemble, task.name) * found.get("merged", found[next(iter(parts[task.name]))]),
         }
         if stages.config.boosting.steps:
             outputs[task.name]["ensemble_unboosted"] = add_up(found, unboosted[task.name])

@@ -106,19 +106,19 @@ class _Dataset:
         return float(label_losses(self.scores, self.features.validation_labels).mean())
 
 
-def boost(stages: Stages, weights: Mapping[str, Sequence[float]], scores: Mapping[str, Scores]) -> Boosted:
+def boost(stages: Stages, weights: Mapping[str, Scores], scores: Mapping[str, Scores]) -> Boosted:
     """Make up to `boosting.steps` boosters.
 
     Args:
         stages: of a run whose groups are trained.
-        weights: of each dataset over the groups' adapters.
+        weights: of each dataset (m,) over the groups' adapters, times its scale.
         scores: ensemble scores (V, K) of the half of each dataset's validation examples that the weights are fitted on.
     """
     return _Boosting(stages, weights, scores).run()
 
 
 class _Boosting:
-    def __init__(self, stages: Stages, weights: Mapping[str, Sequence[float]], scores: Mapping[str, Scores]) -> None:
+    def __init__(self, stages: Stages, weights: Mapping[str, Scores], scores: Mapping[str, Scores]) -> None:
         self.stages, self.weights = stages, weights
         self.settings, self.sampling = stages.config.boosting, stages.config.training.sampling
         self.done = Boosted()
@@ -289,7 +289,7 @@ class _Boosting:
         ]
         scored = iter(self._score(requests, "training scores"))
         return {
-            task: combine(np.stack([next(scored) for _ in places]), np.array(self.weights[task])[places])
+            task: combine(np.stack([next(scored) for _ in places]), self.weights[task][places])
             for task, places in used.items()
         }
 

@@ -23,6 +23,7 @@ from ray_ensemble.ensemble import (
     divergence,
     ensemble_parts,
     merge_adapters,
+    scale_of,
     score_all,
     towards,
 )
@@ -64,7 +65,8 @@ def merge_ensembles(stages: Stages, ensemble: Mapping[str, Any], scored: bool) -
         parts = ensemble_parts(unboosted, task, stages.warm)
         main[task] = max((part for part in parts if part is not None), key=lambda part: parts[part])
     several = {task: parts for task, parts in whole.items() if len(parts) > 1}
-    tried = _tried(stages, several, main, scored, done) if several and settings.merge_prompts else {}
+    scales = {task: scale_of(ensemble, task) for task in several}
+    tried = _tried(stages, several, main, scales, scored, done) if several and settings.merge_prompts else {}
     for task, parts in whole.items():
         nearest = min(tried[task], key=lambda share: tried[task][share]) if task in tried else 1.0
         target = stages.folder / "merged" / task
@@ -90,6 +92,7 @@ def _tried(
     stages: Stages,
     whole: Mapping[str, Mapping[str | None, float]],
     main: Mapping[str, str],
+    scales: Mapping[str, float],
     scored: bool,
     done: MergedEnsembles,
 ) -> dict[str, dict[float, float]]:
@@ -126,7 +129,10 @@ def _tried(
         alone = {part: scores[task, part][places[task]] for part in parts}
         wanted = combine(np.stack(list(alone.values())), np.array(list(parts.values())))
         divergences[task] = {
-            share: divergence(wanted, scores[task, share] if (task, share) in made else alone[main[task]])
+            share: divergence(
+                scales[task] * wanted,
+                scales[task] * (scores[task, share] if (task, share) in made else alone[main[task]]),
+            )
             for share in sorted(SHARES, reverse=True)
         }
     return divergences

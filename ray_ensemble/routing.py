@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +25,13 @@ EXAMPLES = 256  # training texts of each dataset that the router learns from, at
 
 
 def train_router(
-    stages: Stages, weights: Mapping[str, Sequence[float]], scores: Mapping[str, NDArray[np.float32]]
+    stages: Stages, weights: Mapping[str, NDArray[np.float64]], scores: Mapping[str, NDArray[np.float32]]
 ) -> tuple[list[Path], float]:
     """Fit the router on training texts and write it to `router/`; its files and its operations.
 
     Args:
         stages: of a run whose groups are trained.
-        weights: of each dataset over the groups' adapters.
+        weights: of each dataset (m,) over the groups' adapters, times its scale.
         scores: (m, V, K) of the half of each dataset's validation examples that weights are fitted on.
     """
     texts: dict[str, dict[str, tuple[EncodedExample, ...]]] = {"train": {}, "held out": {}}

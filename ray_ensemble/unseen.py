@@ -55,7 +55,7 @@ def unseen_weights(run: str | Path, task_folder: str | Path, examples: int = EXA
         labelled = sample(task["train"], examples)
         if len(labelled) > 1:
             chosen = replace(task, splits={**task.splits, "train": labelled})
-            found = _from_examples(stages, chosen, len(task["train"]))
+            found = _from_examples(stages, chosen, len(task["train"]), ensemble)
         else:
             found = _from_similarity(stages, task, ensemble)
         result = {
@@ -69,17 +69,19 @@ def unseen_weights(run: str | Path, task_folder: str | Path, examples: int = EXA
     return result
 
 
-def _from_examples(stages: Any, task: Task, available: int) -> dict[str, Any]:
+def _from_examples(stages: Any, task: Task, available: int, ensemble: dict[str, Any]) -> dict[str, Any]:
     from ray_ensemble.ensemble.unseen import weights_of_examples
 
     (encoded,) = stages.encode([task])
     labels = np.array([example.label for example in encoded["train"]])
     (scores,) = _scores(stages, [(encoded, encoded["train"])])
-    fit = weights_of_examples(scores, labels)
+    # A run whose weights were not learned has scores as its adapters give them.
+    fit = weights_of_examples(scores, labels, ensemble.get("shrinkage", {}).get("scale", 1.0))
     (losses,) = fit.losses
     assert losses is not None
     return {
         "weights": fit.weights[0].tolist(),
+        "scale": fit.scales[0],
         "method": "examples",
         "examples": len(labels),
         "labelled": available,
@@ -90,6 +92,7 @@ def _from_examples(stages: Any, task: Task, available: int) -> dict[str, Any]:
 
 def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[str, Any]:
     from ray_ensemble.ensemble.unseen import weights_of_similarity
+    from ray_ensemble.ensemble.weights import scale_of
     from ray_ensemble.evaluation.hidden_states import mean_hidden_states
 
     stages.refuse_changed_data()
@@ -105,7 +108,7 @@ def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[
     fit = weights_of_similarity(
         states[-1],
         states[:-1],
-        np.array([ensemble["weights"][name] for name in names]),
+        np.array([scale_of(ensemble, name) * np.array(ensemble["weights"][name]) for name in names]),
         # Its group's adapter, and the start, if there is one, behind the groups'.
         [[stages.own_group(name), *range(len(stages.group_names), len(stages.members))] for name in names],
         scores,
@@ -116,7 +119,8 @@ def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[
         for name, share, cosine in zip(names, fit.shares, fit.cosines, strict=True)
     }
     return {
-        "weights": fit.weights.tolist(),
+        "weights": (fit.weights / fit.weights.sum()).tolist(),
+        "scale": float(fit.weights.sum()),
         "method": "similarity",
         "examples": len(prompts),
         "temperature": fit.choice.described(),

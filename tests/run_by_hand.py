@@ -22,6 +22,7 @@ WEIGHTS = {
     "contrary": [0.1, 0.2, 0.3, 0.4],
     "options": [0.0, 0.5, 0.0, 0.5],
 }
+SCALES = {"films": 1.6, "phones": 0.3, "contrary": 0.4, "options": 1.0}
 BOOSTING = {
     "boosters": {"films": ["booster-0", "booster-1"], "options": ["booster-1"]},
     "step_sizes": {"films": 0.7, "options": 1.3},
@@ -74,7 +75,9 @@ def write_run(
         shares = {"films": 0.25, "contrary": 0.25, "phones": 0.0, "options": 0.0}
         weights = {task: [*((1 - shares[task]) * w for w in found), shares[task]] for task, found in WEIGHTS.items()}
         names, folders = [*names, "start"], [*folders, start]
-    write_json(folder / "ensemble.json", {"adapters": names, "weights": weights, "boosting": BOOSTING})
+    write_json(
+        folder / "ensemble.json", {"adapters": names, "weights": weights, "scales": SCALES, "boosting": BOOSTING}
+    )
     for task, found in weights.items():
         merge_adapters(folders, found, folder / "merged" / task)
     return folder

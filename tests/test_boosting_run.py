@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from tiny import write_job, write_task
 
 from ray_ensemble import Job
@@ -74,13 +74,13 @@ def test_boosting_lowers_the_losses_that_it_says_it_lowers(ridge, unboosted):
 
 
 def test_prediction_is_the_documented_sum(ridge, unboosted):
-    """Σ w s + η Σ (s_b − s_base), put together by hand from single adapters of the same run."""
+    """β Σ w s + η Σ (s_b − s_base), put together by hand from single adapters of the same run."""
     ensemble = read(ridge, "ensemble")
     task = next(iter(ensemble["boosting"]["boosters"]))
     rows = [{"text": "a very good film"}, {"text": "it was bad and sad"}, {"text": "the phone felt so"}]
 
     def alone(name: str) -> np.ndarray:
-        changed = {**ensemble, "adapters": [name], "weights": {task: [1.0]}, "boosting": {}}
+        changed = {**ensemble, "adapters": [name], "weights": {task: [1.0]}, "scales": {}, "boosting": {}}
         copy = ridge.parent / f"only-{name}"
         shutil.copytree(ridge, copy)
         (copy / "ensemble.json").write_text(json.dumps(changed))
@@ -91,9 +91,9 @@ def test_prediction_is_the_documented_sum(ridge, unboosted):
         return np.log([list(row["probabilities"].values()) for row in found])
 
     scores = sum(w * alone(name) for name, w in zip(ensemble["adapters"], ensemble["weights"][task], strict=True) if w)
-    start = alone("init")
+    scores, start = ensemble["scales"][task] * scores, alone("init")
     for booster in ensemble["boosting"]["boosters"][task]:
-        scores = scores + ensemble["boosting"]["step_sizes"][task] * (log_softmax(alone(booster), axis=1) - start)
+        scores = scores + ensemble["boosting"]["step_sizes"][task] * (alone(booster) - start)
     found = [
         list(row["probabilities"].values()) for row in Predictor(ridge, [task]).predict([(task, row) for row in rows])
     ]

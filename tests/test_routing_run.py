@@ -44,7 +44,7 @@ def test_baselines_and_router_stand_beside_the_ensemble_and_change_nothing_in_it
         assert 0 <= found["accuracy"] <= 1
     ensemble = read(routed, "ensemble")
     assert ensemble["held_out"].keys() == ensemble["weights"].keys()
-    assert {"strength", "tried"} == ensemble["shrinkage"].keys()
+    assert {"scale", "strength", "tried"} == ensemble["shrinkage"].keys()
     loaded = Router.load(routed / "router")
     assert list(loaded.tasks) == list(ensemble["weights"])
     html = (routed / "report.html").read_text()
@@ -103,6 +103,7 @@ def test_weights_of_an_unseen_dataset(routed, tmp_path, capsys):
     assert found["adapters"] == read(routed, "ensemble")["adapters"]
     assert sum(found["weights"]) == pytest.approx(1)
     assert min(found["weights"]) >= 0
+    assert found["scale"] > 0
     assert f"{found['held_out']['learned']:.3f}" in shown
     assert "Weights for books from 32 labelled examples" in shown
     assert main([*command, "--examples", "5"]) == 0
@@ -113,6 +114,8 @@ def test_weights_of_an_unseen_dataset(routed, tmp_path, capsys):
     bare = read(routed, "unseen/books")
     assert bare["method"] == "similarity"
     assert sum(bare["weights"]) == pytest.approx(1)
+    scales = read(routed, "ensemble")["scales"].values()
+    assert min(scales) <= bare["scale"] <= max(scales)
     assert sum(each["share"] for each in bare["datasets"].values()) == pytest.approx(1)
     for split in ("train", "validation"):
         file = tmp_path / "books" / f"{split}.jsonl"

@@ -13,6 +13,7 @@ from ray_ensemble.ensemble.weights import (
     label_losses,
     learn_step_sizes,
     learn_weights,
+    scale_of,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "learn_step_sizes",
     "learn_weights",
     "merge_adapters",
+    "scale_of",
     "score_all",
     "towards",
 ]

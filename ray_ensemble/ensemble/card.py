@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ray_ensemble.ensemble.weights import scale_of
 from ray_ensemble.tasks import prompt_fields
 from ray_ensemble.version import __version__
 
@@ -49,7 +50,7 @@ def _introduction(run: FinishedRun) -> str:
     rows = [
         ["`merged/<dataset>/`", "one PEFT adapter for each dataset: its ensemble in one pass"],
         ["`adapters/<group>/`", "one PEFT adapter for each group of datasets"],
-        ["`ensemble.json`", "each dataset's weights over the adapters of groups"],
+        ["`ensemble.json`", "each dataset's weights over the adapters of groups, and the scale of its scores"],
         ["`tasks.json`", "each dataset's prompt and label words"],
         ["`predict.py`", "labels text by a dataset's ensemble"],
         ["`serve_vllm.sh`", "serves every adapter with vLLM"],
@@ -90,7 +91,8 @@ def _use(run: FinishedRun) -> str:
         f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
         f'model = PeftModel.from_pretrained(base, "merged/{task["name"]}")\n'
         "```\n\n"
-        "Label words are scored by the sum of the log-probabilities of their tokens after the prompt. `predict.py` does so:\n\n"
+        "Label words are scored by the sum of the log-probabilities of their tokens after the prompt; times the dataset's scale "
+        "(below), their softmax is the probability of each. `predict.py` does so:\n\n"
         "```sh\n"
         f"python predict.py {task['name']} '{{{fields}}}' --base {base}\n"
         f"{'BASE=' + base + ' ' if run.hub_base is None else ''}sh serve_vllm.sh\n"
@@ -129,11 +131,15 @@ def _partition(run: FinishedRun) -> str:
     rows = [[f"`{name}`", ", ".join(group), run.steps.get(name, "")] for name, group in groups]
     if "start" in names:
         rows.append(["`start`", "all", run.config.gradients.meta_steps])
-    weights = [[task, *(f"{w:.3f}" if w else "0" for w in found)] for task, found in run.ensemble["weights"].items()]
+    weights = [
+        [task, *(f"{w:.3f}" if w else "0" for w in found), f"{scale_of(run.ensemble, task):.3f}"]
+        for task, found in run.ensemble["weights"].items()
+    ]
     text = (
         f"## Partition\n\nFound by `{run.partition['method']}` with seed {run.partition['seed']}; estimated objective "
         f"{run.partition['objective']:.4f}.\n\n{_table(['adapter', 'datasets', 'steps'], rows)}\n\n"
-        f"Weights of each dataset over the adapters:\n\n{_table(['dataset', *names], weights)}"
+        "Weights of each dataset over the adapters, and the scale that the weighted scores are multiplied by before the softmax "
+        f"over its label words:\n\n{_table(['dataset', *names, 'scale'], weights)}"
     )
     steps = run.ensemble["boosting"].get("step_sizes", {})
     boosters = run.ensemble["boosting"].get("boosters", {})

@@ -90,8 +90,8 @@ def export_run(folder: str | Path, target: str | Path) -> Path:
     """Write a run's adapters and what is needed to use them as one folder, whole or not at all.
 
     Every adapter of a group, every booster and every dataset's merged adapter is a plain PEFT folder, under the path that it has
-    in the run. Beside them: `ensemble.json` (weights), `tasks.json` (prompts and label words; no data), `README.md` (the model
-    card), `predict.py` and `serve_vllm.sh`.
+    in the run. Beside them: `ensemble.json` (weights and scales), `tasks.json` (prompts and label words; no data), `README.md`
+    (the model card), `predict.py` and `serve_vllm.sh`.
 
     Args:
         folder: a run that has come to its ensemble.

@@ -15,7 +15,7 @@ from scipy.special import log_softmax, softmax
 
 from ray_ensemble.config import load_config
 from ray_ensemble.ensemble.generation import Prompt, generate
-from ray_ensemble.ensemble.weights import boosters_of, coefficients
+from ray_ensemble.ensemble.weights import boosters_of, coefficients, scale_of
 from ray_ensemble.errors import InputError, nearest
 from ray_ensemble.files import read_json
 from ray_ensemble.models import (
@@ -82,10 +82,11 @@ class Predictor:
             if tasks is None or name in tasks
         }
         warm = self._config.gradients.start == "meta"
-        # Adapter -> c_a, by task: the score of a label is Σ c_a s_a. None is the bare base.
+        # Adapter -> c_a, by task: the score of a label is β Σ c_a s_a. None is the bare base.
         self._parts: dict[str, dict[str | None, float]] = {
             name: {f"merged/{name}": 1.0} if merged else ensemble_parts(ensemble, name, warm) for name in self.tasks
         }
+        self._scales = {name: scale_of(ensemble, name) for name in self.tasks}
         used = {part for parts in self._parts.values() for part in parts if part is not None}
         quiet_libraries()
         source = materialise(self._config.model.source)
@@ -119,12 +120,14 @@ class Predictor:
                 share = self._parts[prompts[number].task][part]
                 scores[number] += share * log_softmax(found[: len(scores[number])].astype(np.float64))
         return [
-            _prediction(self.tasks[prompt.task].labels, softmax(found))
+            _prediction(self.tasks[prompt.task].labels, softmax(self._scales[prompt.task] * found))
             for prompt, found in zip(prompts, scores, strict=True)
         ]
 
     def generate(self, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
         """The most likely next token, again and again, by the mean of a dataset's adapters (`ensemble.generation`).
+
+        The scale of a dataset's scores, which is of label words, plays no part.
 
         Args:
             requests: as for `predict`; label words play no part.
@@ -222,9 +225,10 @@ class Predictor:
 
 
 def ensemble_parts(ensemble: Mapping[str, Any], task: str, warm: bool) -> dict[str | None, float]:
-    """Folders in the run of the adapters that a dataset's ensemble uses, and the coefficient of each (`weights.coefficients`).
+    """Folders in the run of the adapters that a dataset's ensemble uses, and the coefficient of each at scale 1.
 
-    Where θ₀ was trained (`warm`) its adapter is one of them, else the bare base, None.
+    They are those of `weights.coefficients` over the dataset's scale. Where θ₀ was trained (`warm`) its adapter is one of them,
+    else the bare base, None.
     """
     boosters, _ = boosters_of(ensemble["boosting"], task)
 
@@ -233,7 +237,8 @@ def ensemble_parts(ensemble: Mapping[str, Any], task: str, warm: bool) -> dict[s
             return "start" if warm else None
         return f"{'boosters' if name in boosters else 'adapters'}/{name}"
 
-    return {folder(name): share for name, share in coefficients(ensemble, task).items()}
+    scale = scale_of(ensemble, task)
+    return {folder(name): share / scale for name, share in coefficients(ensemble, task).items()}
 
 
 def _prediction(labels: Sequence[str], probabilities: NDArray[np.float64]) -> dict[str, Any]:

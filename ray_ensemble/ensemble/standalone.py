@@ -47,12 +47,13 @@ class Exported:
 
     def predict(self, task: str, fields: Mapping[str, Any], merged: bool = False) -> dict[str, float]:
         """Probabilities of the label words of `task`, by its ensemble or by its merged adapter."""
+        scale = self.ensemble.get("scales", {}).get(task, 1.0)
         if merged:
-            total = self._scores(f"merged/{task}", task, fields)
+            total = scale * self._scores(f"merged/{task}", task, fields)
         else:
             weights = zip(self.ensemble["adapters"], self.ensemble["weights"][task], strict=True)
             folders = [("start" if name == "start" else f"adapters/{name}", w) for name, w in weights]
-            parts = [w * self._scores(folder, task, fields) for folder, w in folders if w]
+            parts = [scale * w * self._scores(folder, task, fields) for folder, w in folders if w]
             boosting = self.ensemble["boosting"]
             for booster in boosting.get("boosters", {}).get(task, []):
                 start = "start" if (self.folder / "start").is_dir() else None

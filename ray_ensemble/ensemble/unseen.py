@@ -22,19 +22,21 @@ IntArray = NDArray[np.integer[Any]]
 TEMPERATURES = (math.inf, 1.0, 0.3, 0.1, 0.03)
 
 
-def weights_of_examples(scores: FloatArray, labels: IntArray) -> LearnedWeights:
+def weights_of_examples(scores: FloatArray, labels: IntArray, expected_scale: float = 1.0) -> LearnedWeights:
     """Weights of one dataset without a group of its own: the fit of `learn_weights` with uniform weights as its prior.
 
     Args:
         scores: (m, V, K) label scores of the m groups' adapters on V labelled examples.
         labels: (V,).
+        expected_scale: the scale that the run's datasets share.
     """
-    return learn_weights([scores], [labels], [np.full(len(scores), 1.0 / len(scores))])
+    return learn_weights([scores], [labels], [np.full(len(scores), 1.0 / len(scores))], expected_scale)
 
 
 @dataclass(frozen=True)
 class SimilarWeights:
-    """Weights (m,), the share (n,) that each of the run's datasets has in them, its cosine (n,), and the chosen temperature.
+    """Weights (m,) times the scale, the share (n,) that each of the run's datasets has in them, its cosine (n,), and the chosen
+    temperature.
 
     `choice.strength` is the temperature.
     """
@@ -63,7 +65,7 @@ def weights_of_similarity(
     Args:
         state: (H,) mean hidden state of the new dataset's prompts.
         states: (n, H) those of the run's datasets.
-        weights: (n, m) of the run's datasets over the groups' adapters.
+        weights: (n, m) of the run's datasets over the groups' adapters, times their scales.
         trained_on: of each dataset the adapters that were trained on it.
         scores: of each dataset (m, V, K), held out.
         labels: of each (V,).
@@ -96,10 +98,12 @@ def _shares(cosine: NDArray[np.float64], temperature: float) -> NDArray[np.float
 
 
 def _without(weights: NDArray[np.float64], adapters: Sequence[int]) -> NDArray[np.float64]:
-    """Weights (m,) without some adapters' shares; the others alike where these had all. If there are no others, as they are."""
+    """Weights (m,) without some adapters' shares, of the same sum; the others alike where these had all. If there are no others,
+    as they are.
+    """
     others = np.setdiff1d(np.arange(len(weights)), adapters)
     rest = np.zeros(len(weights))
     rest[others] = weights[others]
     if rest.sum() <= 1e-9 and len(others):
         rest[others] = 1.0
-    return np.asarray(rest / rest.sum()) if len(others) else weights
+    return np.asarray(rest * (weights.sum() / rest.sum())) if len(others) else weights

@@ -1,4 +1,4 @@
-"""Combining adapters: weighted label scores and boosters; weights and step size of a dataset by its validation. No Ray here."""
+"""Combining adapters: weighted label scores and boosters; weights, scale and step size by validation. No Ray here."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ray_ensemble.ensemble.shrinkage import Choice, choose, cross_fitted
 
 FloatArray = NDArray[np.floating[Any]]
 
+# Strengths of the weights' pull. 0 is none of them: without any pull the scale of a few examples that are all right has no end.
+STRENGTHS = (math.inf, 64.0, 16.0, 4.0, 1.0)
 LONGEST_STEP = 100.0  # η where validation sets no bound; boosters are short steps
 _NEGLIGIBLE = 1e-2  # a smaller weight is set to zero, which saves its adapter's forward pass
 
@@ -26,7 +28,7 @@ def combine(scores: FloatArray, weights: FloatArray) -> NDArray[np.float64]:
 
     Args:
         scores: (m, V, K) raw label scores of m adapters; −inf for labels that a task lacks.
-        weights: (m,) on the simplex. Adapters of weight zero may hold anything.
+        weights: (m,), times the scale. Adapters of weight zero may hold anything.
 
     Returns:
         (V, K) scores; their softmax is the ensemble's prediction.
@@ -37,64 +39,115 @@ def combine(scores: FloatArray, weights: FloatArray) -> NDArray[np.float64]:
     return combined
 
 
-def fit_weights(
-    scores: FloatArray, labels: NDArray[np.integer[Any]], prior: FloatArray, strength: float
-) -> NDArray[np.float64]:
-    """Weights of one dataset on the simplex: the convex minimum of its validation loss and its distance from a prior.
+def fit_scale(
+    scores: Sequence[FloatArray],
+    labels: Sequence[NDArray[np.integer[Any]]],
+    priors: Sequence[FloatArray],
+    expected: float = 1.0,
+) -> float:
+    """One scale β for the scores of several datasets under their priors: an inverse temperature (Guo et al. 2017, section 4.2).
 
-    minimise (1/V) Σ_x −log softmax(Σ_g w_g s_g(x))_y − (c/V) Σ_g p_g log w_g. The second term is the divergence of w from the
-    prior p, which counts as much as c validation examples. With all of p on one adapter its slope stays finite, so that small
-    gains leave all weight there.
+    minimise the mean over datasets of (1/V) Σ_x −log softmax(β Σ_g p_g s_g(x))_y, plus (1/N)(β/β₀ − log(β/β₀)), N being the
+    examples of all datasets: what is expected counts as much as one of them. Convex in β.
+
+    Args:
+        scores: of each dataset (m, V, K).
+        labels: of each (V,).
+        priors: of each p (m,) on the simplex.
+        expected: β₀ > 0, which is returned where there are no examples.
+    """
+    known = [(combine(s, p), y) for s, y, p in zip(scores, labels, priors, strict=True) if len(y)]
+    if not known:
+        return expected
+    pull = 1.0 / sum(len(y) for _, y in known)
+
+    def slope(scale: float) -> float:
+        of_losses = [_slopes(np.zeros_like(s), s, y, scale).mean() for s, y in known]
+        return float(np.mean(of_losses)) + pull * (1.0 / expected - 1.0 / scale)
+
+    low = high = expected
+    while slope(low) > 0:
+        low /= 2
+    while slope(high) < 0:
+        high *= 2
+    return low if low == high else float(brentq(slope, low, high))
+
+
+def fit_weights(
+    scores: FloatArray,
+    labels: NDArray[np.integer[Any]],
+    prior: FloatArray,
+    strength: float,
+    scale: float = 1.0,
+) -> NDArray[np.float64]:
+    """Weights of one dataset, times its scale: the convex minimum of its validation loss and its distance from a prior.
+
+    minimise (1/V) Σ_x −log softmax(β Σ_g u_g s_g(x))_y + (c/V) Σ_g (p_g log(p_g / u_g) − p_g + u_g) over u ≥ 0. The second
+    term is the divergence of u from the prior p, which counts as much as c validation examples; u need not sum to 1, so that the
+    dataset has a scale of its own. With all of p on one adapter its slope stays finite, so that small gains leave all weight
+    there.
 
     Args:
         scores: (m, V, K) label scores of the m adapters on V validation examples.
         labels: (V,).
         prior: p (m,) on the simplex: the dataset's own group alone, or all adapters alike.
-        strength: c ≥ 0; at infinity the prior itself is returned.
+        strength: c > 0; at infinity β p is returned.
+        scale: β, by `fit_scale`.
 
     Returns:
-        (m,) float64, non-negative, of sum 1; weights under 1% are zero.
+        β u (m,) float64, non-negative. Its sum is the dataset's scale; what is under 1% of that is zero.
     """
     adapters, count, _ = scores.shape
-    if adapters == 1 or math.isinf(strength):
-        return np.array(prior, dtype=np.float64)
-    values = log_softmax(scores.astype(np.float64), axis=2)  # (m, V, K)
+    if math.isinf(strength):
+        return scale * np.array(prior, dtype=np.float64)
+    values = scale * log_softmax(scores.astype(np.float64), axis=2)  # (m, V, K)
     rows, trusted = np.arange(count), prior > 0
     pull = strength / count * prior[trusted]
 
-    def objective(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        combined = np.tensordot(w, values, axes=1)  # (V, K)
+    def objective(u: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        combined = np.tensordot(u, values, axes=1)  # (V, K)
         loss = -log_softmax(combined, axis=1)[rows, labels].mean()
         residual = softmax(combined, axis=1)
         residual[rows, labels] -= 1.0
-        gradient = np.tensordot(values, residual, axes=2) / count  # (m, V, K) · (V, K)
-        held = np.maximum(w[trusted], 1e-12)
+        gradient = np.tensordot(values, residual, axes=2) / count + strength / count  # (m, V, K) · (V, K)
+        held = np.maximum(u[trusted], 1e-12)
         gradient[trusted] -= pull / held
-        return float(loss - pull @ np.log(held)), gradient
+        return float(loss - pull @ np.log(held) + strength / count * u.sum()), gradient
 
     found = minimize(
-        objective, 0.5 / adapters + 0.5 * prior, jac=True, method="SLSQP", bounds=[(0.0, 1.0)] * adapters,
-        constraints={"type": "eq", "fun": lambda w: w.sum() - 1.0, "jac": np.ones_like},
-        options={"maxiter": 500, "ftol": 1e-10},
+        objective, 0.5 / adapters + 0.5 * prior, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * adapters,
+        options={"maxiter": 500, "ftol": 1e-12, "gtol": 1e-7},
     )  # fmt: skip
-    return _without_crumbs(np.clip(found.x, 0.0, 1.0))
+    return _without_crumbs(scale * found.x)
 
 
 @dataclass(frozen=True)
 class LearnedWeights:
-    """Weights (m,) of each dataset, what held-out examples say of the strengths, and held-out losses in nats.
+    """Weights (m,) on the simplex and the scale of each dataset, and what held-out examples say of them.
 
-    `losses` has for each dataset those of `learned` (cross-fitted), `prior` and `uniform` weights; None for fewer than two
-    examples.
+    - `shared_scale`: of all datasets together, which their own are pulled towards;
+    - `choice`: of the strengths;
+    - `losses`: for each dataset the held-out losses in nats of `learned` (cross-fitted), `prior` and `uniform` weights, the two
+      latter at the shared scale; None for fewer than two examples.
     """
 
     weights: list[NDArray[np.float64]]
+    scales: list[float]
+    shared_scale: float
     choice: Choice
     losses: list[dict[str, float] | None]
 
+    @property
+    def scaled(self) -> list[NDArray[np.float64]]:
+        """Of each dataset weights (m,) times scale, as `combine` takes them."""
+        return [scale * weights for scale, weights in zip(self.scales, self.weights, strict=True)]
+
 
 def learn_weights(
-    scores: Sequence[FloatArray], labels: Sequence[NDArray[np.integer[Any]]], priors: Sequence[FloatArray]
+    scores: Sequence[FloatArray],
+    labels: Sequence[NDArray[np.integer[Any]]],
+    priors: Sequence[FloatArray],
+    expected_scale: float = 1.0,
 ) -> LearnedWeights:
     """Weights of every dataset: the mean of its `fit_weights` at all strengths, each counted as held-out examples speak for it.
 
@@ -106,38 +159,46 @@ def learn_weights(
         scores: of each dataset (m, V, K).
         labels: of each (V,).
         priors: of each (m,).
+        expected_scale: as for `fit_scale`.
     """
+    shared = fit_scale(scores, labels, priors, expected_scale)
     held_out = [
-        cross_fitted(len(y), partial(_weighted, s, y, prior)) if len(y) > 1 else None
+        cross_fitted(len(y), partial(_weighted, s, y, prior, shared), STRENGTHS) if len(y) > 1 else None
         for s, y, prior in zip(scores, labels, priors, strict=True)
     ]
-    choice = choose([_losses(found, y) for found, y in zip(held_out, labels, strict=True) if found is not None])
+    judged = [_losses(found, y) for found, y in zip(held_out, labels, strict=True) if found is not None]
+    choice = choose(judged, STRENGTHS)
     shares = np.array(choice.shares)
     weights: list[NDArray[np.float64]] = []
+    scales: list[float] = []
     losses: list[dict[str, float] | None] = []
     for s, y, prior, found in zip(scores, labels, priors, held_out, strict=True):
         if found is None:
             weights.append(prior.astype(np.float64))
+            scales.append(shared)
             losses.append(None)
             continue
-        weights.append(_without_crumbs(shares @ [fit_weights(s, y, prior, strength) for strength in choice.ladder]))
+        fits = [fit_weights(s, y, prior, strength, shared) for strength in choice.ladder]
+        scaled = _without_crumbs(shares @ fits)
+        weights.append(scaled / scaled.sum())
+        scales.append(float(scaled.sum()))
         # Scores are linear in the weights, so those of the mean weights are the mean of the scores.
-        compared = {"learned": np.tensordot(shares, found, axes=1), "prior": combine(s, prior)}
-        compared["uniform"] = combine(s, np.full(len(s), 1.0 / len(s)))
+        compared = {"learned": np.tensordot(shares, found, axes=1), "prior": combine(s, shared * prior)}
+        compared["uniform"] = combine(s, np.full(len(s), shared / len(s)))
         losses.append({kind: float(label_losses(each, y).mean()) for kind, each in compared.items()})
-    return LearnedWeights(weights, choice, losses)
+    return LearnedWeights(weights, scales, shared, choice, losses)
 
 
 def _weighted(
-    scores: FloatArray, labels: NDArray[np.integer[Any]], prior: FloatArray,
+    scores: FloatArray, labels: NDArray[np.integer[Any]], prior: FloatArray, scale: float,
     fitted: NDArray[np.int64], judged: NDArray[np.int64], strength: float,
 ) -> NDArray[np.float64]:  # fmt: skip
-    return combine(scores[:, judged], fit_weights(scores[:, fitted], labels[fitted], prior, strength))
+    return combine(scores[:, judged], fit_weights(scores[:, fitted], labels[fitted], prior, strength, scale))
 
 
 def _without_crumbs(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    kept = np.where(weights < _NEGLIGIBLE, 0.0, weights)
-    return np.asarray(kept / kept.sum())
+    kept = np.where(weights < _NEGLIGIBLE * weights.sum(), 0.0, weights)
+    return np.asarray(kept * (weights.sum() / kept.sum()))
 
 
 def _losses(scores: FloatArray, labels: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
@@ -165,16 +226,22 @@ def boosters_of(boosting: Mapping[str, Any], task: str) -> tuple[list[str], floa
     return list(boosting.get("boosters", {}).get(task, [])), float(boosting.get("step_sizes", {}).get(task, 0.0))
 
 
+def scale_of(ensemble: Mapping[str, Any], task: str) -> float:
+    """What the weighted scores of a task are multiplied by, from the `scales` of `ensemble.json`; 1 where it has none."""
+    return float(ensemble.get("scales", {}).get(task, 1.0))
+
+
 def coefficients(ensemble: Mapping[str, Any], task: str) -> dict[str, float]:
     """What a task's score takes of each adapter's: name -> coefficient, zeros left out; `start` stands for θ₀.
 
-    Σ_g w_g s_g + η Σ_b (s_b − s_θ₀) as one sum over adapters; where θ₀ was trained it is one of the g too.
+    β Σ_g w_g s_g + η Σ_b (s_b − s_θ₀) as one sum over adapters; where θ₀ was trained it is one of the g too.
 
     Args:
         ensemble: the content of `ensemble.json`.
         task: one of its datasets.
     """
-    found = dict(zip(ensemble["adapters"], ensemble["weights"][task], strict=True))
+    scale = scale_of(ensemble, task)
+    found = {name: scale * w for name, w in zip(ensemble["adapters"], ensemble["weights"][task], strict=True)}
     boosters, step = boosters_of(ensemble["boosting"], task)
     found |= dict.fromkeys(boosters, step)
     found["start"] = found.get("start", 0.0) - step * len(boosters)

@@ -36,8 +36,8 @@ _TERMS = {
         "groups together."
     ),
     "Ensemble": (
-        "Score = Σ w·s over the groups' adapters and a trained common start, the weights w ≥ 0 summing to 1, fitted per "
-        "dataset on validation examples; "
+        "Score = β·Σ w·s over the groups' adapters and a trained common start, the weights w ≥ 0 summing to 1; weights and the "
+        "scale β (an inverse temperature) are fitted per dataset on validation examples; "
         "plus η·(s_booster − s_start) for each booster of the dataset's group, η ≥ 0 fitted likewise. "
         "“Own group's adapter” is the dataset's own group alone; “merged” is the weighted ensemble folded into one adapter, "
         "which equals the ensemble to first order only."

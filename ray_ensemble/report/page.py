@@ -300,7 +300,7 @@ def _training(data: RunData, figures: Figures) -> Html:
 
 
 def _weights(data: RunData) -> Html:
-    weights = data.ensemble.get("weights") or {}
+    weights, scales = data.ensemble.get("weights") or {}, data.ensemble.get("scales") or {}
     rows = []
     for task in data.order:
         cells: list[object] = [plain(task)]
@@ -308,16 +308,21 @@ def _weights(data: RunData) -> Html:
             share = min(max(float(value), 0.0), 1.0)
             text = number(value, 2) if value else "0"
             cells.append(element("td", text, class_="n w", style=f"--share:{share:.3f}"))
-        rows.append(cells)
+        rows.append([*cells, number(scales.get(task, 1.0), 2)])
     parts: list[object] = []
     if weights:
-        parts.append(table(["dataset", *map(plain, data.ensemble["adapters"])], rows))
+        parts.append(table(["dataset", *map(plain, data.ensemble["adapters"]), "scale"], rows))
         origin = {
             "learned": "fitted on the dataset's validation examples, held back towards its own group",
             "own": "all on the dataset's own group, not fitted",
             "uniform": "all equal, not fitted",
         }[data.config.ensemble.weights]
-        parts.append(paragraph(f"A row holds the weight of each adapter in that dataset's score; {origin}."))
+        parts += [
+            paragraph(f"A row holds the weight of each adapter in that dataset's score; {origin}."),
+            paragraph(
+                "The sum is multiplied by the scale, which is below 1 where adapters are surer than they are right."
+            ),
+        ]
         parts += _held_out(data)
     else:
         parts.append(paragraph("ensemble.json holds no weights.", class_="note"))

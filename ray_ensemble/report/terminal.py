@@ -49,6 +49,7 @@ def unseen_summary(found: Mapping[str, Any]) -> Group:
         (plain(name, WIDTH), number(weight, 3))
         for name, weight in zip(found["adapters"], found["weights"], strict=True)
     ]
+    rows.append(("scale", number(found["scale"], 3)))
     if found["method"] == "examples":
         losses = found["held_out"]
         used, labelled = found["examples"], found["labelled"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_by_hand import BOOSTING, CPU, WEIGHTS, moved, write_run
+from run_by_hand import BOOSTING, CPU, SCALES, WEIGHTS, moved, write_run
 from scipy.special import log_softmax
 from tiny_families import FAMILIES, examples_of, write
 
@@ -103,6 +103,7 @@ def slow_texts(run: Path, model: Path) -> list[list[int]]:
     for name, row in REQUESTS:
         parts: dict[str | None, float] = {f"group-{g}": w for g, w in enumerate(WEIGHTS[name]) if w}
         boosters, step = boosters_of(BOOSTING, name)
+        step /= SCALES[name]
         parts |= dict.fromkeys(boosters, step)
         if boosters:
             parts[None] = -step * len(boosters)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_by_hand import BOOSTING, CPU, write_run
+from run_by_hand import BOOSTING, CPU, SCALES, write_run
 from scipy.special import softmax
 
 from ray_ensemble.ensemble import Predictor, booster_scores, boosters_of, combine
@@ -62,7 +62,9 @@ def sequential(run: Path, model: Path, requests) -> list[dict[str, float]]:
 
         start = run / "start" if (run / "start").exists() else None
         folders = [start if member == "start" else run / "adapters" / member for member in ensemble["adapters"]]
-        total = combine(np.stack([scores(folder) for folder in folders]), np.array(ensemble["weights"][name]))
+        total = SCALES[name] * combine(
+            np.stack([scores(each) for each in folders]), np.array(ensemble["weights"][name])
+        )
         boosters, step = boosters_of(BOOSTING, name)
         if boosters:
             stack = np.stack([scores(run / "boosters" / booster) for booster in boosters])
@@ -151,7 +153,7 @@ def test_merged_predictions_are_those_of_the_merged_adapter_alone(plain_run, tin
     for (name, row), ours in zip(requests, found, strict=True):
         encoded = encoded_row(plain_run, tiny_model, name, row)
         scores = replica.score(ScoreRequest(plain_run / "merged" / name, encoded, encoded["test"]))["scores"]
-        theirs = dict(zip(encoded.labels, softmax(scores[0].astype(np.float64)), strict=True))
+        theirs = dict(zip(encoded.labels, softmax(SCALES[name] * scores[0].astype(np.float64)), strict=True))
         assert ours["probabilities"] == pytest.approx(theirs, abs=1e-5)
 
 

@@ -26,10 +26,21 @@ def test_few_examples_move_weight_only_as_far_as_they_speak():
     alike, distances = np.full(3, 1 / 3), []
     for _ in range(10):
         scores, labels = drawn(generator, (1.0, 1.0, 1.0), 6)
-        fits = weights_of_examples(scores, labels).weights[0], fit_weights(scores, labels, alike, 0.0)
+        bare = fit_weights(scores, labels, alike, 0.1)
+        fits = weights_of_examples(scores, labels).weights[0], bare / bare.sum()
         distances.append([np.abs(w - alike).sum() for w in fits])
     learned, unshrunk = np.mean(distances, axis=0)
     assert learned < 0.6 * unshrunk
+
+
+def test_without_many_labels_the_scale_is_that_of_the_run():
+    generator = np.random.default_rng(1)
+    scores, labels = drawn(generator, (1.0, 1.0, 1.0), 400)
+    for expected in (0.2, 3.0):
+        few = weights_of_examples(scores[:, :1], labels[:1], expected)
+        assert few.scales[0] == pytest.approx(expected, rel=0.7)
+        many = weights_of_examples(scores, labels, expected)
+        assert many.shared_scale == pytest.approx(weights_of_examples(scores, labels).shared_scale, rel=0.2)
 
 
 def planted(generator, told, count=60):
@@ -73,7 +84,8 @@ def test_an_adapter_that_all_were_trained_on_says_nothing_of_a_dataset_that_none
         states[0], states, np.column_stack([0.5 * weights, np.full(8, 0.5)]), [[*seen, 4] for seen in own],
         [np.concatenate([s, each[None]]) for s, each in zip(scores, start, strict=True)], labels,
     )  # fmt: skip
-    assert with_start.choice == plain.choice
+    assert with_start.choice.strength == plain.choice.strength
+    np.testing.assert_allclose(with_start.choice.losses, plain.choice.losses)
     np.testing.assert_allclose(with_start.weights, [*(0.5 * plain.weights), 0.5])
 
 

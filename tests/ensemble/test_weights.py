@@ -14,19 +14,24 @@ from ray_ensemble.ensemble.weights import (
     booster_scores,
     coefficients,
     combine,
+    fit_scale,
     fit_step_size,
     fit_weights,
     label_losses,
     learn_step_sizes,
     learn_weights,
+    scale_of,
 )
 
 OWN, ALIKE = np.array([1.0, 0.0, 0.0]), np.full(3, 1 / 3)
 
 
-def loss(scores, labels, w, prior, strength):
+def loss(scores, labels, w, prior, strength, scale):
+    """The objective of a fit, with weights times scale; where the prior has no weight only their size counts."""
     values = log_softmax(combine(scores, np.asarray(w)), axis=1)[np.arange(len(labels)), labels]
-    return -values.mean() - strength / len(labels) * prior @ np.log(np.maximum(w, 1e-12))
+    u = np.asarray(w) / scale
+    apart = sum(p * np.log(p / max(each, 1e-12)) - p + each if p else each for p, each in zip(prior, u, strict=True))
+    return -values.mean() + strength / len(labels) * apart
 
 
 def random_scores(seed, adapters=3, count=40, classes=3):
@@ -38,32 +43,74 @@ def random_scores(seed, adapters=3, count=40, classes=3):
     return scores, labels
 
 
-@pytest.mark.parametrize(("prior", "strength"), [(OWN, 2.0), (OWN, 0.0), (ALIKE, 5.0)])
+@pytest.mark.parametrize(("prior", "strength", "scale"), [(OWN, 2.0, 1.0), (OWN, 0.1, 0.5), (ALIKE, 5.0, 2.0)])
 @pytest.mark.parametrize("seed", range(2))
-def test_no_point_of_a_grid_on_the_simplex_is_better(seed, prior, strength):
+def test_no_point_of_a_grid_is_better(seed, prior, strength, scale):
     scores, labels = random_scores(seed)
-    w = fit_weights(scores, labels, prior, strength)
+    w = fit_weights(scores, labels, prior, strength, scale)
     assert w.min() >= 0
-    assert w.sum() == pytest.approx(1)
-    grid = [g for g in itertools.product(np.linspace(0, 1, 41), repeat=2) if sum(g) <= 1]
-    best = min(loss(scores, labels, np.array([*g, 1 - sum(g)]), prior, strength) for g in grid)
-    assert loss(scores, labels, w, prior, strength) <= best + 1e-4
+    best = min(
+        loss(scores, labels, g, prior, strength, scale) for g in itertools.product(np.linspace(0, 2, 17), repeat=3)
+    )
+    assert loss(scores, labels, w, prior, strength, scale) <= best + 1e-4
 
 
 def test_strength_goes_from_the_data_to_the_prior():
     scores, labels = random_scores(0)
     for prior in (OWN, ALIKE):
-        distances = [np.abs(fit_weights(scores, labels, prior, c) - prior).sum() for c in (0, 4, 64, 1e4, np.inf)]
+        fits = [fit_weights(scores, labels, prior, c, 0.8) for c in (0.1, 4, 64, 1e4, np.inf)]
+        distances = [np.abs(w - 0.8 * prior).sum() for w in fits]
         assert distances == sorted(distances, reverse=True)
         assert distances[0] > 0.5
         assert distances[-2] < 0.05
-        np.testing.assert_array_equal(fit_weights(scores, labels, prior, np.inf), prior)
+        np.testing.assert_array_equal(fits[-1], 0.8 * prior)
+
+
+def test_the_shared_scale_is_the_lowest_of_a_grid_and_every_dataset_counts_the_same():
+    data = [random_scores(seed, count=count) for seed, count in ((0, 8), (1, 200))]
+    scores, labels = [s * 3 for s, _ in data], [y for _, y in data]
+    priors, grid = [OWN, ALIKE], np.linspace(0.01, 1.5, 1491)
+
+    def objective(scale, expected):
+        of_losses = [
+            label_losses(combine(s, scale * p), y).mean() for s, p, y in zip(scores, priors, labels, strict=True)
+        ]
+        return np.mean(of_losses) + (scale / expected - np.log(scale / expected)) / 208
+
+    for expected in (1.0, 0.1):
+        lowest = grid[np.argmin([objective(scale, expected) for scale in grid])]
+        assert 0.01 < lowest < 1.5
+        assert fit_scale(scores, labels, priors, expected) == pytest.approx(lowest, abs=1e-3)
+    assert fit_scale([s[:, :0] for s in scores], [y[:0] for y in labels], priors, 0.7) == 0.7
+
+
+def test_a_few_examples_that_are_all_right_do_not_make_the_scale_endless():
+    labels = np.array([0, 1, 0, 1])
+    scores = np.stack([np.eye(2)[labels]] * 3)
+    shared = fit_scale([scores], [labels], [OWN])
+    assert 1 < shared < 10
+    found = learn_weights([scores], [labels], [OWN])
+    assert found.scales[0] < 3 * shared
+
+
+def test_adapters_that_are_surer_than_they_are_right_are_scaled_down_and_keep_their_weight():
+    """Each is the truth times six; on the simplex alone an adapter that knows nothing would get most of the weight."""
+    generator = np.random.default_rng(3)
+    scores, labels = drawn(generator, (2.0, 2.0), 4000, 3)
+    scores = np.concatenate([6 * scores, 0.01 * generator.normal(size=(1, 4000, 3))])
+    found = learn_weights([scores[:, :80]], [labels[:80]], [np.array([1.0, 0.0, 0.0])])
+    assert found.scales[0] < 0.4
+    assert found.weights[0][2] < 0.15
+    test, truth = scores[:, 80:], labels[80:]
+    scaled = label_losses(combine(test, found.scaled[0]), truth).mean()
+    calibrated = label_losses(combine(test, np.array([1 / 6, 0.0, 0.0])), truth).mean()
+    assert scaled < calibrated
 
 
 def test_equal_adapters_leave_the_weight_with_the_own_group():
     scores, labels = random_scores(0, adapters=1)
     w = fit_weights(np.repeat(scores, 3, axis=0), labels, np.array([0.0, 1.0, 0.0]), 2.0)
-    assert w[1] > 0.99
+    assert w[1] > 0.99 * w.sum()
 
 
 def drawn(generator, skills, count, classes):
@@ -75,7 +122,7 @@ def drawn(generator, skills, count, classes):
 
 
 def simulated(skills_of, count, runs=3, datasets=6):
-    """Expected losses over datasets and runs of the own group alone, of learned weights, of the fit alone, and at the optimum."""
+    """Expected losses over datasets and runs of the own group alone, of learned weights, of hardly a pull, and at the optimum."""
     found = []
     for run in range(runs):
         generator = np.random.default_rng([run, count])
@@ -88,8 +135,8 @@ def simulated(skills_of, count, runs=3, datasets=6):
         learned = learn_weights(
             [s for _, s, _, _, _ in for_one_run], [y for _, _, y, _, _ in for_one_run], [p for p, *_ in for_one_run]
         )
-        for (own, s, y, test, truth), weights in zip(for_one_run, learned.weights, strict=True):
-            kinds = (own, weights, fit_weights(s, y, own, 0.0), fit_weights(test, truth, own, 0.0))
+        for (own, s, y, test, truth), weights in zip(for_one_run, learned.scaled, strict=True):
+            kinds = (own, weights, fit_weights(s, y, own, 0.1), fit_weights(test, truth, own, 0.1))
             found.append([label_losses(combine(test, w), truth).mean() for w in kinds])
     return np.mean(found, axis=0)
 
@@ -99,11 +146,12 @@ def test_in_expectation_learned_weights_lose_nothing_to_the_own_group_and_gain_w
     own, learned, unshrunk, _ = simulated(lambda i: (2.0, 0.4, 0.4), 10)
     assert unshrunk > own + 0.02, "a fit on ten examples alone overfits"
     assert learned - own < 0.4 * (unshrunk - own)
-    assert learned <= own + 0.01
+    own, learned, *_ = simulated(lambda i: (2.0, 0.4, 0.4), 40)
+    assert learned <= own + 0.01, "the scale is fitted too, where it is right as it is"
     for skills in ((0.8, 2.0, 0.4), (1.3, 1.3, 1.3)):
         own, learned, _, optimum = simulated(lambda i, skills=skills: skills, 120)
         assert learned < own - 0.5 * (own - optimum)
-        assert learned < optimum + 0.01
+        assert learned < optimum + 0.02
 
 
 def test_one_dataset_that_gains_is_not_lost_among_many_that_do_not():
@@ -123,6 +171,7 @@ def test_too_few_examples_leave_the_prior():
     scores, labels = random_scores(0)
     found = learn_weights([scores[:, :1], scores[:, :0]], [labels[:1], labels[:0]], [OWN, ALIKE])
     np.testing.assert_array_equal(found.weights, [OWN, ALIKE])
+    assert found.scales == [found.shared_scale] * 2
     assert found.losses == [None, None]
     assert np.isinf(found.choice.strength)
 
@@ -221,6 +270,9 @@ def test_a_score_is_one_sum_over_adapters():
     want += 0.7 * booster_scores(np.stack([scores["booster-0"], scores["booster-1"]]), scores["start"])
     np.testing.assert_allclose(add_up(scores, coefficients(ensemble, "t")), want, atol=1e-12)
     assert coefficients(ensemble, "u") == {"group-1": 1.0}
+    scaled = coefficients({**ensemble, "scales": {"t": 0.5}}, "t")
+    assert scaled == pytest.approx(coefficients(ensemble, "t") | {"group-0": 0.2, "group-1": 0.3})
+    assert scale_of(ensemble, "t") == 1.0
 
 
 def test_a_start_that_is_weighed_is_also_what_boosters_are_counted_from():
