@@ -316,14 +316,14 @@ class BoostingConfig(Section):
 class EnsembleConfig(Section):
     """How the adapters are combined, per dataset (docs/weights.md, docs/ensemble.md).
 
-    `weights: learned` fits them on validation examples, held back towards the dataset's own group; `own` is that group's adapter
-    alone, `uniform` all adapters alike. `baselines` measures uniform weights on the test splits too, which takes every
-    adapter's pass over them. `router` learns to tell the datasets by their bare text and measures the ensemble where an
-    input's dataset is not known. `merged_rank` is the most that the rank of a dataset's merged adapter may be, such as the
-    `--max-lora-rank` of a vLLM server: what is above is cut by singular value decomposition. By default the rank is the sum
-    of those of the adapters in use. A merged adapter goes as far from the dataset's main adapter towards the ensemble's weights
-    as makes its predictions most like the ensemble's on at most `merge_prompts` held-out prompts; with 0 it has the weights as
-    they are.
+    `weights: learned` fits them and a scale of the scores on validation examples, held back towards the dataset's own group;
+    `own` is that group's adapter alone, `uniform` all adapters alike, both at scale 1. `baselines` measures uniform weights on
+    the test splits too, which takes every adapter's pass over them. `router` learns to tell the datasets by their bare text and
+    measures the ensemble where an input's dataset is not known. `merged_rank` is the most that the rank of a dataset's merged
+    adapter may be, such as the `--max-lora-rank` of a vLLM server: what is above is cut by singular value decomposition. By
+    default the rank is the sum of those of the adapters in use. A merged adapter goes as far from the dataset's main adapter
+    towards the ensemble's weights as makes its predictions most like the ensemble's on at most `merge_prompts` held-out prompts;
+    with 0 it has the weights as they are.
     """
 
     weights: Literal["learned", "own", "uniform"] = "learned"
