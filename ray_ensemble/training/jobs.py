@@ -138,18 +138,22 @@ def _run_all(
         for pack in packs([wanted[key].steps for key in keys], training.pack, at_once)
     ]
     total = sum(job.steps for job in wanted.values())
+    _bring_told(ordered, folder)
+    begun = sum(
+        int(row["step"]) + 1 for pack in ordered for key in pack.jobs if (row := _last_row(pack.log(folder, key)))
+    )
     failures: dict[str, str] = {}
     runs = [
         _PackRun(pack, _members(pack, tasks), training, demands[next(iter(pack.jobs))], folder, model)
         for pack in ordered
     ]
     with (
-        Bar(f"training {len(wanted)} adapters", total, "steps") as bar,
+        Bar(f"training {len(wanted)} adapters", total, "steps", begun) as bar,
         in_background([run.to_its_end for run in runs], at_once) as futures,
     ):
         stop = threading.Event()
         figures = current_figures()
-        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, figures, stop), daemon=True)
+        watcher = threading.Thread(target=_watch, args=(ordered, folder, bar, begun, figures, stop), daemon=True)
         watcher.start()
         try:
             for future, pack in zip(futures, ordered, strict=True):
@@ -294,10 +298,26 @@ class _Told:
     trained: bool = False
 
 
-def _watch(running: Sequence[Pack], folder: Path, bar: Bar, figures: Figures, stop: threading.Event) -> None:
-    """Turn the workers' logs into progress, and tell where memory made micro-batches smaller."""
+def _bring_told(running: Sequence[Pack], folder: Path) -> None:
+    """Bring the logs of workers that do not see the folder."""
+    with suppress(InputError, RunError):  # the progress of workers elsewhere is late, then
+        bring(folder, *(name for pack in running for name in pack.told()))
+
+
+def _last_row(log: Path) -> dict[str, Any] | None:
+    """The last whole row of a log, if there is one."""
+    return read_row((log.read_text().splitlines() or [""])[-1]) if log.exists() else None
+
+
+def _watch(
+    running: Sequence[Pack], folder: Path, bar: Bar, begun: int, figures: Figures, stop: threading.Event
+) -> None:
+    """Turn the workers' logs into progress, and tell where memory made micro-batches smaller.
+
+    `begun` steps are those of earlier runs, which the bar knows of.
+    """
     told = {key: _Told() for pack in running for key in pack.jobs}
-    seen, looked = 0, time.monotonic()
+    seen, looked = begun, time.monotonic()
     interrupted = {pack.name: len(interruptions(pack.folder(folder))) for pack in running}  # those of earlier runs too
     while True:
         ended = stop.wait(1.0)
@@ -305,8 +325,7 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, figures: Figures, st
         notes = []
         if time.monotonic() - looked > _LOOK_SECONDS:
             looked = time.monotonic()
-            with suppress(InputError, RunError):  # the progress of workers elsewhere is late, then
-                bring(folder, *(name for pack in running for name in pack.told()))
+            _bring_told(running, folder)
         for pack in running:
             for reason in interruptions(pack.folder(folder))[interrupted[pack.name] :]:
                 interrupted[pack.name] += 1
@@ -317,9 +336,7 @@ def _watch(running: Sequence[Pack], folder: Path, bar: Bar, figures: Figures, st
                     figures.count("ensemble_adapters_trained", int(not told[key].trained))
                     told[key] = replace(told[key], step=job.steps, trained=True)
                     continue
-                log = pack.log(folder, key)
-                last = read_row((log.read_text().splitlines() or [""])[-1]) if log.exists() else None
-                if last is None:
+                if (last := _last_row(pack.log(folder, key))) is None:
                     continue
                 tokens = last.get("batch_tokens")
                 if tokens != told[key].batch_tokens:
