@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +63,18 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="as for ray-ensemble")
     parser.add_argument("--seeds", type=int, default=3, help="trainings and searches of every arm (default: 3)")
+    parser.add_argument("--seed", type=int, metavar="R", help="do this one of them alone, counted from 0")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--groups", type=Path, metavar="FILE", help="groups of your own for the arm by_hand (JSON)")
+    parser.add_argument(
+        "--records", type=Path, metavar="DIR", help="keep the arms' results here (default: OUTPUT/arms)"
+    )
     parser.add_argument("--minutes", type=float, metavar="N", help="begin nothing after so many minutes (0: tell only)")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: 1 at least")
+    if args.seed is not None and not 0 <= args.seed < args.seeds:
+        parser.error(f"--seed {args.seed}: --seeds {args.seeds} are 0 to {args.seeds - 1}")
     if args.minutes is not None and not args.minutes >= 0:
         parser.error(f"--minutes {args.minutes}: 0 at least")
     return args
@@ -82,18 +88,21 @@ def with_needs(wanted: Sequence[str]) -> list[str]:
     return [arm for arm in ARMS if arm in chosen]
 
 
-def pieces(arms: Sequence[str], seeds: int) -> list[Piece]:
-    """Everything that is to be done, in order: of an arm all seeds before the next arm, and before them what it needs."""
+def pieces(arms: Sequence[str], seeds: Sequence[int]) -> list[Piece]:
+    """Everything that is to be done, in order: what decides groups, so that their adapters can fill lanes that others leave; then
+    arm by arm, of an arm all seeds before the next.
+    """
     found = dict.fromkeys([Piece("gradients")])
+    needs = [need for name in arms for need in ARMS[name].needs]
+    if "search" in needs:
+        found |= dict.fromkeys(Piece("search", seed=seed) for seed in seeds)
+    if "hidden_states" in needs:
+        found[Piece("hidden_states")] = None
     for name in arms:
-        arm, own = ARMS[name], range(seeds)
-        if "search" in arm.needs:
-            found |= dict.fromkeys(Piece("search", seed=seed) for seed in own)
-        if "hidden_states" in arm.needs:
-            found[Piece("hidden_states")] = None
-        if arm.works is not None:
-            found |= dict.fromkeys(Piece("train", name, seed) for seed in own)
-        found |= dict.fromkeys(Piece("result", name, seed) for seed in own)
+        arm = ARMS[name]
+        if arm.works or arm.uses:
+            found |= dict.fromkeys(Piece("train", name, seed) for seed in seeds)
+        found |= dict.fromkeys(Piece("result", name, seed) for seed in seeds)
     return list(found)
 
 
@@ -137,7 +146,7 @@ def time_left(left: Mapping[str, float], done: Sequence[Mapping[str, Any]]) -> t
 class Bench:
     """The work of one call."""
 
-    def __init__(self, experiment: Experiment, arms: Sequence[str], seeds: int) -> None:
+    def __init__(self, experiment: Experiment, arms: Sequence[str], seeds: Sequence[int]) -> None:
         self.experiment, self.arms, self.seeds = experiment, arms, seeds
         self._pieces = pieces(arms, seeds)
         self._done: set[Piece] = set()
@@ -185,12 +194,18 @@ class Bench:
         if piece.kind == "gradients":
             return experiment.job.folder.finished("gradients")
         if piece.kind == "search":
-            return (experiment.path / "partitions" / f"found-{piece.seed}" / "manifests" / "search.json").exists()
+            manifest = experiment.path / "partitions" / f"found-{piece.seed}" / "manifests" / "search.json"
+            return manifest.exists() or not self._needed("search", [piece.seed])
         if piece.kind == "hidden_states":
-            return experiment.states_file.exists()
+            return experiment.states_file.exists() or not self._needed("hidden_states", self.seeds)
         if experiment.record(piece.arm, piece.seed).exists():
             return True
         return piece.kind == "train" and self._settings(piece) == []
+
+    def _needed(self, need: str, seeds: Iterable[int]) -> bool:
+        """Whether an arm that needs it lacks a record; records may be from another folder that had it."""
+        arms = [arm for arm in self.arms if need in ARMS[arm].needs]
+        return any(not self.experiment.record(arm, seed).exists() for arm in arms for seed in seeds)
 
     def _ready(self, piece: Piece) -> bool:
         """Whether what an arm needs is there."""
@@ -209,7 +224,8 @@ class Bench:
 
     def _works(self, piece: Piece) -> list[Work]:
         """Adapters that a training has yet to make."""
-        works = ARMS[piece.arm].works
+        arm = ARMS[piece.arm]
+        works = arm.works or arm.uses
         made = works(self.experiment, piece.seed) if works is not None else []
         return [work for work in made if self.experiment.trained(work) is None]
 
@@ -217,11 +233,11 @@ class Bench:
         return [work.setting for work in self._works(piece)] if self._ready(piece) else None
 
     def _amount(self, piece: Piece) -> float:
-        """Steps of a training, about as many as a budget where it is not ready; else 1."""
+        """Steps of a training, about as many as a budget where it is not ready and will have some; else 1."""
         if piece.kind != "train":
             return 1.0
         if not self._ready(piece):
-            return float(self.experiment.steps)
+            return float(self.experiment.steps) if ARMS[piece.arm].works else 0.0
         return float(sum(work.job.steps for work in self._works(piece)))
 
     def _forecast(self, left: Sequence[Piece]) -> str:
@@ -282,7 +298,8 @@ def run(argv: Sequence[str]) -> tuple[dict[str, Any], bool]:
 
     quiet_libraries()
     with ExitStack() as stack:
-        experiment = Experiment(args.output, load_config(args.job, args.set), stack)
+        experiment = Experiment(args.output, load_config(args.job, args.set), stack, args.records)
+        experiment.claim_records()
         if experiment.job.folder.finished("gradients"):
             experiment.job.through("gradients")  # refuses data that have changed
         if args.groups:
@@ -292,7 +309,8 @@ def run(argv: Sequence[str]) -> tuple[dict[str, Any], bool]:
         absent = {"per_dataset_fresh": not experiment.job.warm, "by_hand": not experiment.hand_file.exists()}
         wanted = [arm for arm in args.only or ARMS if not absent.get(arm)]
         arms = with_needs(wanted)
-        complete = Bench(experiment, arms, args.seeds).run(args.minutes)
+        seeds = range(args.seeds) if args.seed is None else [args.seed]
+        complete = Bench(experiment, arms, seeds).run(args.minutes)
         told = figures(experiment, arms, args.seeds)
     width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "220"))
     console = Console(width=width, highlight=False)

@@ -29,13 +29,15 @@ BOOSTING_STEPS = 2  # where the job has none
 class Arm:
     """One line of the table.
 
-    `needs` names what must be there for a seed: `search`, `hidden_states`, or another arm's result.
+    `works` are the adapters that it trains, `uses` those of arms before it: they are there, unless these arms' results came
+    from another folder. `needs` names what must be there for a seed: `search`, `hidden_states`, or another arm's result.
     """
 
     told: str
     result: Callable[[Experiment, int], Result]
     works: Callable[[Experiment, int], list[Work]] | None = None
     needs: tuple[str, ...] = ()
+    uses: Callable[[Experiment, int], list[Work]] | None = None
 
 
 # One adapter on everything ----------------------------------------------------------------------------------------------
@@ -83,10 +85,13 @@ def _scaled(experiment: Experiment, seed: int) -> Result:
     return result
 
 
+def _tuned_works(experiment: Experiment, seed: int) -> list[Work]:
+    return [work for name in ("qlora_all", *RATES) for work in _joint(name, RATES.get(name, 1.0))(experiment, seed)]
+
+
 def _tuned(experiment: Experiment, seed: int) -> Result:
     """The learning rate of least mean validation loss, or of highest accuracy where the search goes by that."""
-    works = {"qlora_all": _joint("qlora_all")(experiment, seed)[0]}
-    works |= {name: _joint(name, rate)(experiment, seed)[0] for name, rate in RATES.items()}
+    works = dict(zip(("qlora_all", *RATES), _tuned_works(experiment, seed), strict=True))
     adapters = dict(zip(works, experiment.adapters(list(works.values())), strict=True))
     folders: dict[tuple[str, str], Path | None] = {
         (task, name): adapter.folder for name, adapter in adapters.items() for task in experiment.names
@@ -279,6 +284,9 @@ def _boosted(experiment: Experiment, seed: int) -> Result:
 def _merged(experiment: Experiment, seed: int) -> Result:
     """The found groups' ensemble without boosters, as one adapter a task."""
     place = experiment.place("found", seed)
+    if not (place.folder / "ensemble.json").exists():  # the record of `ours` is from another folder
+        _install(place, experiment.adapters(_group_works("found")(experiment, seed)))
+        ensemble(place)
     folders: dict[tuple[str, str], Path | None] = {
         (task, ""): place.folder / "merged" / task for task in experiment.names
     }
@@ -292,14 +300,17 @@ def _merged(experiment: Experiment, seed: int) -> Result:
 
 def _own_group(experiment: Experiment, seed: int) -> Result:
     """Every task by its own found group's adapter: no weights, and no validation passes for them."""
-    place = experiment.place("found", seed)
-    folders: dict[tuple[str, str], Path | None] = {
-        (task, ""): place.adapter_folder(place.group_names[place.own_group(task)]) for task in experiment.names
+    adapters = experiment.adapters(_group_works("found")(experiment, seed))
+    own = {
+        task: each.folder
+        for group, each in zip(experiment.groups("found", seed), adapters, strict=True)
+        for task in group
     }
-    scores, _ = experiment.score(folders, place)
+    folders: dict[tuple[str, str], Path | None] = {(task, ""): own[task] for task in experiment.names}
+    scores, _ = experiment.score(folders, experiment.job)
     result = Result({task: each for (task, _), each in scores.items()})
     result.like(experiment.cost("ours", seed), without=["ensemble"])
-    result.adapters = len(place.group_names)  # a start that ours weighs is not used
+    result.adapters = len(adapters)  # a start that ours weighs is not used
     return result
 
 
@@ -312,17 +323,24 @@ def _partition_arm(told: str, kind: str, needs: tuple[str, ...] = ("search",)) -
     return Arm(told, _ensemble(kind), _group_works(kind), needs)
 
 
+def _found_arm(told: str, result: Callable[[Experiment, int], Result]) -> Arm:
+    """An arm made of the adapters of `ours`."""
+    return Arm(told, result, needs=("search", "ours"), uses=_group_works("found"))
+
+
 # In the order in which they are done.
 ARMS: dict[str, Arm] = {
     "base": Arm("base model, not trained", _base),
     "qlora_all": _joint_arm("one QLoRA on all", "qlora_all"),
-    "qlora_scaled": Arm("one QLoRA, scores scaled on validation", _scaled, needs=("qlora_all",)),
+    "qlora_scaled": Arm(
+        "one QLoRA, scores scaled on validation", _scaled, needs=("qlora_all",), uses=_joint("qlora_all")
+    ),
     "ours": _partition_arm("ours: found groups, fitted weights", "found"),
-    "own_group": Arm("ours without weights: own group's adapter", _own_group, needs=("search", "ours")),
-    "merged": Arm("ours merged into one adapter a dataset", _merged, needs=("search", "ours")),
-    "boosted": Arm("ours with boosting", _boosted, needs=("search", "ours")),
+    "own_group": _found_arm("ours without weights: own group's adapter", _own_group),
+    "merged": _found_arm("ours merged into one adapter a dataset", _merged),
+    "boosted": _found_arm("ours with boosting", _boosted),
     "per_dataset": Arm("one adapter per dataset", _alone(_group_works("alone"), fresh=False), _group_works("alone")),
-    "uniform": Arm("uniform ensemble of these n", _uniform, needs=("per_dataset",)),
+    "uniform": Arm("uniform ensemble of these n", _uniform, needs=("per_dataset",), uses=_group_works("alone")),
     "random": _partition_arm("random groups, as many, fitted weights", "random"),
     "hidden_states": _partition_arm(
         "groups by hidden states, as many, fitted weights", "hidden_states", ("search", "hidden_states")
@@ -330,7 +348,9 @@ ARMS: dict[str, Arm] = {
     "by_hand": _partition_arm("groups by hand (--groups), fitted weights", "by_hand", needs=()),
     "qlora_lower_rate": _joint_arm("one QLoRA, learning rate / 3", "qlora_lower_rate", RATES["qlora_lower_rate"]),
     "qlora_higher_rate": _joint_arm("one QLoRA, learning rate · 3", "qlora_higher_rate", RATES["qlora_higher_rate"]),
-    "qlora_tuned": Arm("one QLoRA, best of the three rates on validation", _tuned, needs=("qlora_all", *RATES)),
+    "qlora_tuned": Arm(
+        "one QLoRA, best of the three rates on validation", _tuned, needs=("qlora_all", *RATES), uses=_tuned_works
+    ),
     "qlora_wide": Arm("one QLoRA of rank m·r", _single(_wide_works), _wide_works, needs=("search",)),
     "qlora_longer": Arm(
         "one QLoRA with our total FLOPs in steps", _single(_longer_works), _longer_works, ("qlora_all", "boosted")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ray_ensemble.config import JobConfig
+from ray_ensemble.config import JobConfig, flatten
 from ray_ensemble.ensemble import ScoreRequest, score_all
 from ray_ensemble.errors import InputError
 from ray_ensemble.estimator.similarity import centred_cosines
@@ -22,7 +22,7 @@ from ray_ensemble.evaluation import ModelSize, training_flops
 from ray_ensemble.evaluation.hidden_states import mean_hidden_states
 from ray_ensemble.files import read_json, sha256_file, whole_folder, write_array, write_json
 from ray_ensemble.grouping.baselines import Method, group_by_similarity, random_partitions
-from ray_ensemble.run_folder import RunFolder
+from ray_ensemble.run_folder import RunFolder, is_free
 from ray_ensemble.stages import Stages
 from ray_ensemble.training import AdapterJob, StartingPoint, TrainedAdapter, job_key, task_steps, train_adapters
 from ray_ensemble.training.cache import finished
@@ -90,11 +90,13 @@ class Experiment:
         path: the folder.
         config: the job; `training.min_steps` is set to 0 in it.
         stack: closes Ray and the folder's lease.
+        records: where records are, if not in `path`.
     """
 
-    def __init__(self, path: Path, config: JobConfig, stack: ExitStack) -> None:
+    def __init__(self, path: Path, config: JobConfig, stack: ExitStack, records: Path | None = None) -> None:
         training = config.training.model_copy(update={"min_steps": 0})
         self.path = path
+        self.records = records or path / "arms"
         self.config = config.model_copy(update={"training": training})
         self._stack = stack
         folder = RunFolder(path / "job", self.config)
@@ -346,16 +348,45 @@ class Experiment:
 
     # Records -----------------------------------------------------------------------------------------------------------
 
+    def claim_records(self) -> None:
+        """See to it that the records are of this job, model and data; paths may differ, so that they can come from elsewhere.
+
+        Raises:
+            InputError: they are of others.
+        """
+        self.job.through("tasks")
+        about = {
+            # Model and data are told by their contents.
+            "config": {
+                key: value
+                for key, value in flatten(self.config).items()
+                if not is_free(key) and key != "model.source" and not key.startswith("tasks.")
+            },
+            "model": self.job.planned["model"]["hash"],
+            "tasks": [[task.name, task.data_hash] for task in self.job.encoded],
+        }
+        file = self.records / "job.json"
+        if not file.exists():
+            write_json(file, about)
+        elif (kept := read_json(file, "job of the records")) != about:
+            before, after = kept["config"] | kept, about["config"] | about
+            changed = [
+                f"{key}: {before.get(key)} -> {after.get(key)}" if key in about["config"] else key
+                for key in dict.fromkeys([*before, *after])
+                if key != "config" and before.get(key) != after.get(key)
+            ]
+            raise InputError(f"{self.records}: records of another job ({', '.join(changed)}); choose another --records")
+
     def record(self, arm: str, seed: int) -> Path:
         """The folder of an arm's result; whole or absent."""
-        return self.path / "arms" / arm / f"seed-{seed}"
+        return self.records / arm / f"seed-{seed}"
 
     def keep(self, arm: str, seed: int, result: Result) -> None:
-        """Write a result."""
+        """Write a result; scores in single precision, which no figure's digits that are shown can tell."""
         about = {key: value for key, value in asdict(result).items() if key != "scores"}
         with whole_folder(self.record(arm, seed)) as temporary:
             for task, scores in result.scores.items():
-                write_array(temporary / f"{task}.npy", scores)
+                write_array(temporary / f"{task}.npy", scores.astype(np.float32))
             write_json(temporary / "cost.json", about)
 
     def cost(self, arm: str, seed: int) -> dict[str, Any]:

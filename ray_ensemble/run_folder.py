@@ -191,7 +191,7 @@ class RunFolder:
         changed = [
             key
             for key in dict.fromkeys([*before, *after])
-            if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
+            if before.get(key) != after.get(key) and not is_free(key)
         ]
         if changed and not redo:
             shown = ", ".join(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in changed[:5])
@@ -224,6 +224,11 @@ def open_run(output: str | Path, config: JobConfig, redo: bool = False) -> Itera
         folder = RunFolder(copy.folder, config, redo, copy)
         copy.push()
         yield folder
+
+
+def is_free(key: str) -> bool:
+    """Whether a key of the job, as `flatten` gives it, says how fast a result comes and not what it is."""
+    return any(f"{key}.".startswith(f"{free}.") for free in _FREE)
 
 
 def _harm(file: Path, digest: str) -> str | None:

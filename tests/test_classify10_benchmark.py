@@ -64,7 +64,7 @@ def test_arms_bring_what_they_need_and_come_after_it(benchmark, arms):
     assert benchmark.with_needs(["qlora_longer"]) == ["qlora_all", "ours", "boosted", "qlora_longer"]
     assert benchmark.with_needs(["uniform"]) == ["per_dataset", "uniform"]
     assert benchmark.with_needs(list(arms.ARMS)) == list(arms.ARMS)
-    found = benchmark.pieces(list(arms.ARMS), 3)
+    found = benchmark.pieces(list(arms.ARMS), range(3))
     assert len(found) == len(set(found))
     for place, piece in enumerate(found):
         before = found[:place]
@@ -80,15 +80,15 @@ def test_arms_bring_what_they_need_and_come_after_it(benchmark, arms):
 
 
 def test_an_arm_is_done_with_all_seeds_before_the_next(benchmark):
-    told = [str(piece) for piece in benchmark.pieces(["qlora_all", "ours"], 2)]
+    told = [str(piece) for piece in benchmark.pieces(["qlora_all", "ours"], range(2))]
     assert told == [
         "gradients",
+        "search, seed 0",
+        "search, seed 1",
         "training of qlora_all, seed 0",
         "training of qlora_all, seed 1",
         "result of qlora_all, seed 0",
         "result of qlora_all, seed 1",
-        "search, seed 0",
-        "search, seed 1",
         "training of ours, seed 0",
         "training of ours, seed 1",
         "result of ours, seed 0",
@@ -97,7 +97,11 @@ def test_an_arm_is_done_with_all_seeds_before_the_next(benchmark):
 
 
 def test_a_unit_fills_the_lanes_with_what_is_ready(benchmark):
-    left = benchmark.pieces(["qlora_all", "ours", "per_dataset"], 3)[1:]
+    left = [
+        piece
+        for piece in benchmark.pieces(["qlora_all", "ours", "per_dataset"], range(3))
+        if piece.kind in ("train", "result")
+    ]
     settings: dict[str, list[str] | None] = {"qlora_all": ["a"], "ours": None, "per_dataset": ["a"] * 10}
 
     def unit(lanes: int) -> list[str]:
@@ -199,6 +203,31 @@ def test_a_folder_keeps_to_its_groups_by_hand(experiment):
         experiment.keep_by_hand([["phones", "films", "contrary"]], Path("other.json"))
 
 
+def test_records_belong_to_a_job_and_its_data_wherever_they_lie(benchmark, job, tmp_path):
+    from ray_ensemble.config import load_config
+    from ray_ensemble.errors import InputError
+
+    data = tmp_path / "tasks"
+    for number, name in enumerate(TASKS):
+        write_task(data / name, flip=name == "contrary", seed=number, train=8 + 4 * number)
+    elsewhere = f"tasks=[{{source: {data}}}]"
+
+    def claim(output: str, *changes: str) -> None:
+        with ExitStack() as stack:
+            config = load_config(job, list(changes))
+            benchmark.Experiment(tmp_path / output, config, stack, tmp_path / "records").claim_records()
+
+    claim("first")
+    claim("second", elsewhere, "training.concurrency=2")  # another machine has its own paths and lanes
+    with pytest.raises(
+        InputError, match=r"records of another job \(training\.seed: 0 -> 7\); choose another --records"
+    ):
+        claim("third", "training.seed=7")
+    write_task(data / "films", seed=9, train=12)
+    with pytest.raises(InputError, match=r"records of another job \(tasks\)"):
+        claim("fourth", elsewhere)
+
+
 def planted(seed: int, skill: float, sizes: tuple[int, ...]) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
     labels = [np.arange(n) % 2 for n in sizes]
@@ -277,9 +306,13 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
 
 
 def test_wrong_use_is_told(benchmark, job, tmp_path, capsys):
-    for wrong, message in (("--seeds", "--seeds 0: 1 at least"), ("--only", "invalid choice: '0'")):
+    for wrong, message in (
+        ("--seeds 0", "--seeds 0: 1 at least"),
+        ("--only 0", "invalid choice: '0'"),
+        ("--seeds 2 --seed 2", "--seed 2: --seeds 2 are 0 to 1"),
+    ):
         with pytest.raises(SystemExit):
-            benchmark.main([str(job), "--output", str(tmp_path / "run"), wrong, "0"])
+            benchmark.main([str(job), "--output", str(tmp_path / "run"), *wrong.split()])
         assert message in capsys.readouterr().err
     assert benchmark.main([str(tmp_path / "none.yaml"), "--output", str(tmp_path / "run")]) == 2
     assert "none.yaml" in capsys.readouterr().err
@@ -359,6 +392,31 @@ def test_a_whole_benchmark_and_one_in_pieces_agree(benchmark, arms, job, ray_clu
     assert "qlora_all" in told[len(told) // 2]
     assert "left; the same command goes on from here" in capsys.readouterr().out
     assert untimed(json.loads((tmp_path / "pieces.json").read_text())) == untimed(whole)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_records_of_another_folder_are_gone_on_from(benchmark, job, ray_cluster, tmp_path, capsys):
+    """A second machine has the records and none of the adapters; what it adds is what the first would have added."""
+
+    def call(name: str, *more: str) -> dict[str, Any]:
+        places = ["--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
+        assert benchmark.main([str(job), *places, *more]) == 0
+        return untimed(json.loads((tmp_path / f"{name}.json").read_text()))["arms"]
+
+    arms = ("qlora_all", "qlora_scaled", "ours", "own_group", "merged", "boosted")
+    whole = call("whole", "--seeds", "2", "--only", *arms)
+    records = ["--records", str(tmp_path / "records")]
+    assert call("first", *records, "--seeds", "2", "--seed", "1", "--only", "qlora_all", "ours") == {}
+    capsys.readouterr()
+    # The other seed alone: nothing of the first is done again.
+    two = call("second", *records, "--seeds", "2", "--only", "qlora_all", "ours")
+    done = [line for line in capsys.readouterr().out.splitlines() if "pieces done" in line]
+    assert len(done) in (5, 6)  # gradients, search, trainings in one unit or two, results
+    assert not [line for line in done if "seed 1" in line]
+    assert two == {arm: whole[arm] for arm in two}
+    assert call("third", *records, "--seeds", "2", "--only", *arms) == whole
 
 
 @pytest.mark.ray
