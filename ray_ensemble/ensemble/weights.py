@@ -45,16 +45,16 @@ def fit_scale(
     priors: Sequence[FloatArray],
     expected: float = 1.0,
 ) -> float:
-    """One scale β for the scores of several datasets under their priors: an inverse temperature (Guo et al. 2017, section 4.2).
+    """One scale β₀ for the scores of several datasets under their priors: an inverse temperature (Guo et al. 2017, section 4.2).
 
-    minimise the mean over datasets of (1/V) Σ_x −log softmax(β Σ_g p_g s_g(x))_y, plus (1/N)(β/β₀ − log(β/β₀)), N being the
-    examples of all datasets: what is expected counts as much as one of them. Convex in β.
+    minimise the mean over datasets of (1/V) Σ_x −log softmax(β₀ Σ_g p_g s_g(x))_y, plus (1/N)(β₀/b − log(β₀/b)), N being
+    the examples of all datasets: what is expected, b, counts as much as one of them. Convex in β₀.
 
     Args:
         scores: of each dataset (m, V, K).
         labels: of each (V,).
         priors: of each p (m,) on the simplex.
-        expected: β₀ > 0, which is returned where there are no examples.
+        expected: b > 0, which is returned where there are no examples.
     """
     known = [(combine(s, p), y) for s, y, p in zip(scores, labels, priors, strict=True) if len(y)]
     if not known:
@@ -82,7 +82,7 @@ def fit_weights(
 ) -> NDArray[np.float64]:
     """Weights of one dataset, times its scale: the convex minimum of its validation loss and its distance from a prior.
 
-    minimise (1/V) Σ_x −log softmax(β Σ_g u_g s_g(x))_y + (c/V) Σ_g (p_g log(p_g / u_g) − p_g + u_g) over u ≥ 0. The second
+    minimise (1/V) Σ_x −log softmax(β₀ Σ_g u_g s_g(x))_y + (c/V) Σ_g (p_g log(p_g / u_g) − p_g + u_g) over u ≥ 0. The second
     term is the divergence of u from the prior p, which counts as much as c validation examples; u need not sum to 1, so that the
     dataset has a scale of its own. With all of p on one adapter its slope stays finite, so that small gains leave all weight
     there.
@@ -91,11 +91,11 @@ def fit_weights(
         scores: (m, V, K) label scores of the m adapters on V validation examples.
         labels: (V,).
         prior: p (m,) on the simplex: the dataset's own group alone, or all adapters alike.
-        strength: c > 0; at infinity β p is returned.
-        scale: β, by `fit_scale`.
+        strength: c > 0; at infinity β₀ p is returned.
+        scale: β₀, by `fit_scale`.
 
     Returns:
-        β u (m,) float64, non-negative. Its sum is the dataset's scale; what is under 1% of that is zero.
+        β₀ u (m,) float64, non-negative. Its sum is the dataset's scale; what is under 1% of that is zero.
     """
     adapters, count, _ = scores.shape
     if math.isinf(strength):
