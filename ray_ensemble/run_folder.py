@@ -189,9 +189,7 @@ class RunFolder:
             return
         before, after = flatten(load_config(file)), flatten(self.config)
         changed = [
-            key
-            for key in dict.fromkeys([*before, *after])
-            if before.get(key) != after.get(key) and not is_free(key)
+            key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key) and not is_free(key)
         ]
         if changed and not redo:
             shown = ", ".join(f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in changed[:5])
