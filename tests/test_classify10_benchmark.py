@@ -394,6 +394,13 @@ def test_a_whole_benchmark_and_one_in_pieces_agree(benchmark, arms, job, ray_clu
     assert untimed(json.loads((tmp_path / "pieces.json").read_text())) == untimed(whole)
 
 
+def leaves(told: Any, path: str = "") -> dict[str, Any]:
+    """Every value of a JSON document by its path."""
+    inner = told.items() if isinstance(told, dict) else enumerate(told) if isinstance(told, list) else ()
+    below = {key: value for name, each in inner for key, value in leaves(each, f"{path}/{name}").items()}
+    return below if isinstance(told, dict | list) else {path: told}
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
@@ -403,7 +410,16 @@ def test_records_of_another_folder_are_gone_on_from(benchmark, job, ray_cluster,
     def call(name: str, *more: str) -> dict[str, Any]:
         places = ["--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
         assert benchmark.main([str(job), *places, *more]) == 0
-        return untimed(json.loads((tmp_path / f"{name}.json").read_text()))["arms"]
+        return leaves(untimed(json.loads((tmp_path / f"{name}.json").read_text()))["arms"])
+
+    def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Adapters that were trained beside others differ by rounding."""
+        differing = {
+            key: (found.get(key), each)
+            for key, each in expected.items()
+            if found.get(key) != pytest.approx(each, rel=1e-4, abs=1e-5)
+        }
+        assert not differing
 
     arms = ("qlora_all", "qlora_scaled", "ours", "own_group", "merged", "boosted")
     whole = call("whole", "--seeds", "2", "--only", *arms)
@@ -415,8 +431,9 @@ def test_records_of_another_folder_are_gone_on_from(benchmark, job, ray_cluster,
     done = [line for line in capsys.readouterr().out.splitlines() if "pieces done" in line]
     assert len(done) in (5, 6)  # gradients, search, trainings in one unit or two, results
     assert not [line for line in done if "seed 1" in line]
-    assert two == {arm: whole[arm] for arm in two}
-    assert call("third", *records, "--seeds", "2", "--only", *arms) == whole
+    assert "/ours/accuracy/value" in two
+    alike(two, {key: each for key, each in whole.items() if key.split("/")[1] in ("qlora_all", "ours")})
+    alike(call("third", *records, "--seeds", "2", "--only", *arms), whole)
 
 
 @pytest.mark.ray
