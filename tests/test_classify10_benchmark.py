@@ -414,11 +414,11 @@ def test_records_of_another_folder_are_gone_on_from(benchmark, job, ray_cluster,
 
     def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
         """Adapters that were trained beside others differ by rounding."""
-        differing = {
-            key: (found.get(key), each)
+        near = {
+            key: pytest.approx(each, rel=1e-4, abs=1e-5) if isinstance(each, float) else each
             for key, each in expected.items()
-            if found.get(key) != pytest.approx(each, rel=1e-4, abs=1e-5)
         }
+        differing = {key: (found.get(key), expected[key]) for key, each in near.items() if found.get(key) != each}
         assert not differing
 
     arms = ("qlora_all", "qlora_scaled", "ours", "own_group", "merged", "boosted")
