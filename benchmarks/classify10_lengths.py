@@ -7,12 +7,20 @@ store tells for every split. Everything else (common start, search, weights, boo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from classify10_experiment import Experiment
 
 from ray_ensemble.files import read_json
 from ray_ensemble.training import task_steps
+
+SPLITS = ("train", "validation")  # those that have gradients
+
+
+def counted(experiment: Experiment) -> bool:
+    """Whether the gradient store tells what the pass cost: not in a folder that only has records from another."""
+    return all(_info(experiment, name, split).exists() for name in experiment.names for split in SPLITS)
 
 
 def pass_flops(experiment: Experiment, share: float | None = None) -> float:
@@ -21,8 +29,8 @@ def pass_flops(experiment: Experiment, share: float | None = None) -> float:
     """
     job, forward, backward, projected = experiment.job, 0.0, 0.0, 0.0
     for name, examples in zip(experiment.names, experiment.examples, strict=True):
-        for split in ("train", "validation"):
-            info = read_json(job.folder / "gradients" / name / split / "info.json", "gradient split")
+        for split in SPLITS:
+            info = read_json(_info(experiment, name, split), "gradient split")
             part = 1.0 if share is None or split == "validation" else share * examples / info["examples"]
             forward += part * info["forward_tokens"]
             backward += part * info["backward_tokens"]
@@ -50,3 +58,7 @@ def flops_at(
     parts["groups"] *= there / here
     parts["gradients"] -= pass_flops(experiment) - pass_flops(experiment, share)
     return parts, one
+
+
+def _info(experiment: Experiment, task: str, split: str) -> Path:
+    return experiment.job.folder / "gradients" / task / split / "info.json"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from classify10_arms import ARMS
 from classify10_experiment import Experiment
-from classify10_lengths import flops_at
+from classify10_lengths import counted, flops_at
 from numpy.typing import NDArray
 from rich.table import Table
 
@@ -21,6 +21,7 @@ from ray_ensemble.report.tables import text_table
 
 REFERENCES = ("qlora_all", "per_dataset")
 OURS = ("ours", "own_group", "merged", "boosted")
+SCALED = "qlora_scaled"  # as accurate as one QLoRA, so ours are held against it in loss
 MADE_FROM = {"merged": "ours", "boosted": "ours"}  # by merging it, by adding boosters to it
 LONGER = 10  # epochs, the paper's
 GRADIENT_SHARES = (1.0, 0.5, 0.25)  # of each training split
@@ -62,7 +63,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
             **spent(costs[arm], reference),
             "about": [cost["about"] for cost in costs[arm]],
         }
-        if arm in OURS and reference:
+        if arm in OURS and reference and counted(experiment):
             pairs = list(zip(costs[arm], costs["qlora_all"], strict=True))
             arms[arm]["ratio_if_longer"] = {
                 f"{share:g}": [flops_ratio(*flops_at(experiment, cost, one, LONGER, share)) for cost, one in pairs]
@@ -93,7 +94,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
 
 def compared(arm: str) -> list[str]:
     """The arms that an arm is compared with, where they are complete."""
-    others = [*REFERENCES, *([MADE_FROM[arm]] if arm in MADE_FROM else ())]
+    others = [*REFERENCES, *([SCALED] if arm in OURS else ()), *([MADE_FROM[arm]] if arm in MADE_FROM else ())]
     return [other for other in others if other != arm]
 
 
@@ -188,6 +189,9 @@ def verdicts(told: Mapping[str, Any]) -> list[str]:
         if name not in arms:
             continue
         for other, paired in arms[name]["minus"].items():
+            if other == SCALED:
+                lines.append(f"{name} − {other}: loss {change('loss', *_bounds(paired['loss']))}")
+                continue
             low, high = paired["accuracy"]["interval"]
             holds = "holds zero" if low <= 0 <= high else "excludes zero"
             text = change("accuracy", *_bounds(paired["accuracy"]))
@@ -196,6 +200,7 @@ def verdicts(told: Mapping[str, Any]) -> list[str]:
             whole = sum(arms["qlora_all"]["flops"].values())
             parts = ", ".join(f"{part} {number(value / whole, 2)}" for part, value in arms[name]["flops"].items())
             lines.append(f"{name}: FLOPs ratio {number(float(np.mean(arms[name]['ratio'])), 3)} ({parts})")
+        if "ratio_if_longer" in arms[name]:
             longer = ", ".join(
                 f"{number(float(np.mean(ratios)), 3)} with gradients of {100 * float(share):g}%"
                 for share, ratios in arms[name]["ratio_if_longer"].items()

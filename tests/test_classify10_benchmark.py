@@ -261,7 +261,8 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
     sizes = tuple(len(task["test"]) for task in experiment.job.encoded)
     labels = [np.array([e.label for e in task["test"]]) for task in experiment.job.encoded]
     accuracy: dict[str, list[list[float]]] = {}
-    for place, (arm, skill) in enumerate({"qlora_all": 0.5, "ours": 1.5, "merged": 1.4, "per_dataset": 1.0}.items()):
+    skills = {"qlora_all": 0.5, "qlora_scaled": 0.7, "ours": 1.5, "merged": 1.4, "per_dataset": 1.0}
+    for place, (arm, skill) in enumerate(skills.items()):
         for seed in range(2):
             scores = dict(zip(TASKS, planted(10 * place + seed, skill, sizes), strict=True))
             kept = result(scores, steps=13, adapters=2, about={"m": 2, "groups": [["films", "phones"], ["contrary"]]})
@@ -273,9 +274,9 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
             hits = [losses_and_hits(scores[name], y)[1].mean() for name, y in zip(TASKS, labels, strict=True)]
             accuracy.setdefault(arm, []).append(hits)
     experiment.keep("random", 0, kept)  # of seed 0 alone: not complete
-    told = benchmark.figures(experiment, ["qlora_all", "ours", "merged", "per_dataset", "random"], 2)
+    told = benchmark.figures(experiment, [*skills, "random"], 2)
     assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert list(told["arms"]) == ["qlora_all", "ours", "merged", "per_dataset"]
+    assert list(told["arms"]) == list(skills)
     assert told["left_out"] == ["random"]
     ours = told["arms"]["ours"]
     assert ours["equal_steps"] is True
@@ -298,6 +299,7 @@ def test_figures_are_means_over_seeds_and_pairs_are_paired(benchmark, experiment
             assert each["difference"] == pytest.approx(gap[:, place].mean())
     words = "\n".join(sys.modules["classify10_table"].verdicts(told))
     assert "ours − qlora_all: accuracy +" in words
+    assert "ours − qlora_scaled: loss −" in words
     assert "not complete yet: random" in words
     assert "ours: at 10 epochs, counted and not run: " in words
     text = sys.modules["classify10_table"].markdown(told)
