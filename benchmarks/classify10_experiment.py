@@ -395,6 +395,20 @@ class Experiment:
         return found
 
     def scores(self, arm: str, seed: int) -> list[Scores]:
-        """Test scores (N, K) of a kept result, a task each."""
-        folder = self.record(arm, seed)
-        return [np.load(folder / f"{task}.npy", allow_pickle=False) for task in self.names]
+        """Test scores (N, K) of a kept result, a task each.
+
+        Raises:
+            InputError: a file is missing, damaged, or of other examples.
+        """
+        folder, found = self.record(arm, seed), []
+        for task in self.job.encoded:
+            file = folder / f"{task.name}.npy"
+            try:
+                scores = np.load(file, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{file}: cannot be read ({error}); delete {folder} to have it made again") from None
+            expected = (len(task["test"]), len(task.labels))
+            if scores.shape != expected:
+                raise InputError(f"{file}: scores {scores.shape}, but {task.name} has {expected}; delete {folder}")
+            found.append(scores)
+        return found

@@ -228,6 +228,28 @@ def test_records_belong_to_a_job_and_its_data_wherever_they_lie(benchmark, job, 
         claim("fourth", elsewhere)
 
 
+def test_a_damaged_record_is_named(benchmark, experiment):
+    from ray_ensemble.errors import InputError
+
+    result = sys.modules["classify10_experiment"].Result
+    sizes = tuple(len(task["test"]) for task in experiment.job.encoded)
+    scores = dict(zip(TASKS, planted(0, 1.0, sizes), strict=True))
+    experiment.keep("ours", 0, result(scores))
+    for kept, given in zip(experiment.scores("ours", 0), scores.values(), strict=True):
+        np.testing.assert_allclose(kept, given, rtol=1e-6)
+    file = experiment.record("ours", 0) / "films.npy"
+    whole = file.read_bytes()
+    np.save(file, np.zeros((3, 2)))
+    with pytest.raises(InputError, match=r"films\.npy: scores \(3, 2\), but films has"):
+        experiment.scores("ours", 0)
+    file.write_bytes(whole[:100])
+    with pytest.raises(InputError, match=r"films\.npy: cannot be read"):
+        experiment.scores("ours", 0)
+    file.unlink()
+    with pytest.raises(InputError, match=r"films\.npy: cannot be read .*; delete .*seed-0 to have it made again"):
+        experiment.scores("ours", 0)
+
+
 def planted(seed: int, skill: float, sizes: tuple[int, ...]) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
     labels = [np.arange(n) % 2 for n in sizes]
