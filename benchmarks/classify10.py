@@ -301,7 +301,7 @@ def run(argv: Sequence[str]) -> tuple[dict[str, Any], bool]:
         experiment = Experiment(args.output, load_config(args.job, args.set), stack, args.records)
         experiment.claim_records()
         if experiment.job.folder.finished("gradients"):
-            experiment.job.through("gradients")  # refuses data that have changed
+            experiment.job.through("gradients")  # again if they are damaged
         if args.groups:
             experiment.keep_by_hand(read_json(args.groups, "file of groups"), args.groups)
         elif "by_hand" in (args.only or ()) and not experiment.hand_file.exists():

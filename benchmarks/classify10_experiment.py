@@ -187,8 +187,8 @@ class Experiment:
 
     @property
     def hand_file(self) -> Path:
-        """Groups of the user's own, if there are any."""
-        return self.path / "by_hand.json"
+        """Groups of the user's own, if there are any; beside the records, which are of them."""
+        return self.records / "by_hand.json"
 
     def keep_by_hand(self, groups: Any, source: Path) -> None:
         """Take groups of the user's own, for good.
