@@ -100,7 +100,7 @@ def pieces(arms: Sequence[str], seeds: Sequence[int]) -> list[Piece]:
         found[Piece("hidden_states")] = None
     for name in arms:
         arm = ARMS[name]
-        if arm.works or arm.uses:
+        if arm.adapters is not None:
             found |= dict.fromkeys(Piece("train", name, seed) for seed in seeds)
         found |= dict.fromkeys(Piece("result", name, seed) for seed in seeds)
     return list(found)
@@ -224,8 +224,7 @@ class Bench:
 
     def _works(self, piece: Piece) -> list[Work]:
         """Adapters that a training has yet to make."""
-        arm = ARMS[piece.arm]
-        works = arm.works or arm.uses
+        works = ARMS[piece.arm].adapters
         made = works(self.experiment, piece.seed) if works is not None else []
         return [work for work in made if self.experiment.trained(work) is None]
 

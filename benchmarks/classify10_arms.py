@@ -39,6 +39,11 @@ class Arm:
     needs: tuple[str, ...] = ()
     uses: Callable[[Experiment, int], list[Work]] | None = None
 
+    @property
+    def adapters(self) -> Callable[[Experiment, int], list[Work]] | None:
+        """All that it needs trained."""
+        return self.works or self.uses
+
 
 # One adapter on everything ----------------------------------------------------------------------------------------------
 

@@ -369,7 +369,7 @@ class Experiment:
         if not file.exists():
             write_json(file, about)
         elif (kept := read_json(file, "job of the records")) != about:
-            before, after = kept["config"] | kept, about["config"] | about
+            before, after = kept.get("config", {}) | kept, about["config"] | about
             changed = [
                 f"{key}: {before.get(key)} -> {after.get(key)}" if key in about["config"] else key
                 for key in dict.fromkeys([*before, *after])
