@@ -22,6 +22,7 @@ from ray_ensemble.report.tables import text_table
 REFERENCES = ("qlora_all", "per_dataset")
 OURS = ("ours", "own_group", "merged", "boosted")
 SCALED = "qlora_scaled"  # as accurate as one QLoRA, so ours are held against it in loss
+SAME_SIZE = "qlora_wide"  # one adapter of as many parameters as the groups' have
 MADE_FROM = {"merged": "ours", "boosted": "ours"}  # by merging it, by adding boosters to it
 LONGER = 10  # epochs, the paper's
 GRADIENT_SHARES = (1.0, 0.5, 0.25)  # of each training split
@@ -38,7 +39,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
     found = {arm: resample(each, labels) for arm, each in scores.items()}
     costs = {arm: [experiment.cost(arm, seed) for seed in range(seeds)] for arm in complete}
     reference = [total(cost) for cost in costs.get("qlora_all", ())]
-    shown = [arm for arm in (*REFERENCES, *OURS) if arm in complete]
+    shown = [arm for arm in (*REFERENCES, SAME_SIZE, *OURS) if arm in complete]
     # Of the other arms only the values on each task are told, which need no draws.
     by_task = {
         arm: [
@@ -94,7 +95,11 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
 
 def compared(arm: str) -> list[str]:
     """The arms that an arm is compared with, where they are complete."""
-    others = [*REFERENCES, *([SCALED] if arm in OURS else ()), *([MADE_FROM[arm]] if arm in MADE_FROM else ())]
+    others = [*REFERENCES]
+    if arm in OURS:
+        others += [SCALED, SAME_SIZE]
+    if arm in MADE_FROM:
+        others.append(MADE_FROM[arm])
     return [other for other in others if other != arm]
 
 
@@ -183,7 +188,7 @@ def dataset_rows(told: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdicts(told: Mapping[str, Any]) -> list[str]:
-    """In words: every own arm against the two references, its FLOPs ratio by parts, groups, and what is not there yet."""
+    """In words: every own arm against what it is `compared` with, its FLOPs ratio by parts, groups, and what is not there yet."""
     arms, lines = told["arms"], []
     for name in OURS:
         if name not in arms:
