@@ -22,7 +22,7 @@ from ray_ensemble.evaluation import ModelSize, training_flops
 from ray_ensemble.evaluation.hidden_states import mean_hidden_states
 from ray_ensemble.files import read_json, sha256_file, whole_folder, write_array, write_json
 from ray_ensemble.grouping.baselines import Method, group_by_similarity, random_partitions
-from ray_ensemble.run_folder import RunFolder, is_free
+from ray_ensemble.run_folder import RunFolder, is_free, open_run
 from ray_ensemble.stages import Stages
 from ray_ensemble.training import AdapterJob, StartingPoint, TrainedAdapter, job_key, task_steps, train_adapters
 from ray_ensemble.training.cache import finished
@@ -99,9 +99,7 @@ class Experiment:
         self.records = records or path / "arms"
         self.config = config.model_copy(update={"training": training})
         self._stack = stack
-        folder = RunFolder(path / "job", self.config)
-        stack.enter_context(folder.lease())
-        self.job = Stages(folder, stack)
+        self.job = Stages(stack.enter_context(open_run(path / "job", self.config)), stack)
         self._places: dict[str, Stages] = {}
         self._groups: dict[tuple[str, int], list[list[str]]] = {}
         self._keys: dict[tuple[tuple[str, float], AdapterJob], str] = {}

@@ -46,7 +46,7 @@ from ray_ensemble.models import quiet_libraries
 from ray_ensemble.real_runs import RealRun, fine_tune
 from ray_ensemble.report import validation_summary
 from ray_ensemble.report.tables import text_table
-from ray_ensemble.run_folder import RunFolder
+from ray_ensemble.run_folder import RunFolder, open_run
 from ray_ensemble.runtime import prepare_environment
 from ray_ensemble.stages import Stages
 from ray_ensemble.validation import measured_points
@@ -81,8 +81,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 @contextmanager
 def opened(folder: Path, config: JobConfig, last: str) -> Iterator[Stages]:
     """The stages of a run folder, whole up to `last`."""
-    run = RunFolder(folder, config)
-    with run.lease(), ExitStack() as stack:
+    with open_run(folder, config) as run, ExitStack() as stack:
         stages = Stages(run, stack)
         stages.through(last)
         yield stages

@@ -58,7 +58,7 @@ from ray_ensemble.grouping.partitions import Group, Partition, canonical
 from ray_ensemble.pipeline import Job
 from ray_ensemble.real_runs import RealRun, TruthSplit, fine_tune
 from ray_ensemble.report.tables import text_table
-from ray_ensemble.run_folder import RunFolder
+from ray_ensemble.run_folder import open_run
 from ray_ensemble.runtime import prepare_environment
 from ray_ensemble.stages import Stages
 from ray_ensemble.training import task_steps
@@ -332,8 +332,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     from ray_ensemble.models import quiet_libraries
 
     quiet_libraries()
-    folder = RunFolder(args.output, Job.from_yaml(args.job, args.set).config)
-    with folder.lease(), ExitStack() as stack:
+    with open_run(args.output, Job.from_yaml(args.job, args.set).config) as folder, ExitStack() as stack:
         stages = Stages(folder, stack)
         stages.through("search")
         figures = compared(stages, args)

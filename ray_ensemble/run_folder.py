@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import threading
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray_ensemble.config import JobConfig, dump_config, flatten, load_config
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import read_json, sha256_file, write_json, write_text
-from ray_ensemble.storage import MARKER, WorkingCopy, opened, refuse_working_copy, run_place, without_settings
+from ray_ensemble.storage import (
+    LOCAL_SETTLE_SECONDS,
+    MARKER,
+    Lease,
+    LocalFolder,
+    WorkingCopy,
+    opened,
+    refuse_working_copy,
+    run_place,
+    without_settings,
+)
 
 LEASE_SECONDS = 60.0
-_BEAT_SECONDS = 10.0
 
 STAGES = ("plan", "tasks", "gradients", "search", "train", "ensemble", "evaluate", "report")
 
@@ -63,7 +69,7 @@ _FREE = (
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run. To make one may drop stages of the run that is there: own the folder first, by `open_run`.
 
     Args:
         path: the folder; it is made if it is not there.
@@ -81,7 +87,7 @@ class RunFolder:
         self.path = Path(path).resolve()
         self.config = config
         self._copy = copy
-        self._check_writable()
+        _check_writable(self.path, self.name)
         if copy is None:
             refuse_working_copy(self.path)
         self._claim_config(redo)
@@ -138,45 +144,8 @@ class RunFolder:
         for name in names:
             self._manifest_path(name).unlink(missing_ok=True)
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Own the folder: a heartbeat file that expires after 60 s, or at once if its owner is dead on this machine.
-
-        Raises:
-            InputError: another living run owns the folder.
-        """
-        file = self.path / "lease.json"
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
-        if file.exists():
-            _refuse_living_owner(file, owner)
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(_BEAT_SECONDS):
-                with suppress(OSError):  # a disk that is full may have room for the next beat
-                    write_json(file, {**owner, "heartbeat": time.time()})
-
-        write_json(file, {**owner, "heartbeat": time.time()})
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            file.unlink(missing_ok=True)
-
     def _manifest_path(self, stage: str) -> Path:
         return self.path / "manifests" / f"{stage}.json"
-
-    def _check_writable(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(f"--output {self.name}: cannot be written ({error.strerror})") from None
 
     def _claim_config(self, redo: bool) -> None:
         file = self.path / "config.yaml"
@@ -214,14 +183,27 @@ def open_run(output: str | Path, config: JobConfig, redo: bool = False) -> Itera
     """
     place = run_place(output)
     if not isinstance(place, str):
-        folder = RunFolder(place, config, redo)
-        with folder.lease():
-            yield folder
+        path = place.resolve()
+        _check_writable(path, str(path))
+        refuse_working_copy(path)
+        lease = Lease(LocalFolder(path), _process_start, expires=LEASE_SECONDS, settle=LOCAL_SETTLE_SECONDS)
+        with lease.held():
+            yield RunFolder(path, config, redo)
         return
     with opened(place, _process_start, LEASE_SECONDS) as copy:
         folder = RunFolder(copy.folder, config, redo, copy)
         copy.push()
         yield folder
+
+
+def _check_writable(path: Path, name: str) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output {name}: cannot be written ({error.strerror})") from None
 
 
 def is_free(key: str) -> bool:
@@ -252,21 +234,6 @@ def _stage_of(key: str, config: JobConfig) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _refuse_living_owner(file: Path, owner: dict[str, Any]) -> None:
-    try:
-        held = read_json(file, "lease")
-        age = time.time() - float(held["heartbeat"])
-        same_host = held["host"] == owner["host"]
-        alive = _process_start(int(held["pid"])) == held["started"] if same_host else age < LEASE_SECONDS
-    except (InputError, KeyError, TypeError, ValueError):
-        return  # a lease that was cut short has no living owner's heartbeat
-    if alive and held["pid"] != owner["pid"]:
-        raise InputError(
-            f"{file.parent}: another run owns this folder (process {held['pid']} on {held['host']}, heartbeat {age:.0f} s ago); "
-            "wait for it or choose another folder"
-        )
 
 
 def _process_start(pid: int) -> str | None:

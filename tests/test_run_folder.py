@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import subprocess
-import sys
-import threading
-import time
-
 import pytest
 import yaml
 
-from ray_ensemble import run_folder
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
-from ray_ensemble.files import write_json
-from ray_ensemble.run_folder import LEASE_SECONDS, STAGES, RunFolder
+from ray_ensemble.run_folder import STAGES, RunFolder
 
 
 def job(**changes) -> JobConfig:
@@ -109,40 +99,6 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
         RunFolder(tmp_path / "file" / "run", job())
 
 
-def test_a_living_owner_keeps_others_out(tmp_path):
-    code = (
-        "import sys, time\nfrom ray_ensemble.config import JobConfig\nfrom ray_ensemble.run_folder import RunFolder\n"
-        "config = JobConfig.model_validate({'model': {'source': 'a/b'}, 'tasks': ['/data']})\n"
-        "with RunFolder(sys.argv[1], config).lease():\n    print('mine', flush=True)\n    time.sleep(60)\n"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    try:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == "mine\n"
-        folder = RunFolder(tmp_path / "run", job())
-        with pytest.raises(InputError, match=f"process {owner.pid}"), folder.lease():
-            pass
-    finally:
-        owner.kill()
-        owner.wait()
-    with folder.lease():  # the owner is dead, so its lease is void at once
-        assert json.loads((folder / "lease.json").read_text())["pid"] == os.getpid()
-    assert not (folder / "lease.json").exists()
-
-
-@pytest.mark.parametrize(("age", "refused"), [(5.0, True), (LEASE_SECONDS + 1, False)])
-def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path, age, refused):
-    folder = RunFolder(tmp_path / "run", job())
-    lease = {"host": "elsewhere", "pid": 1, "started": "1", "heartbeat": time.time() - age}
-    (folder / "lease.json").write_text(json.dumps(lease))
-    if refused:
-        with pytest.raises(InputError, match="elsewhere"), folder.lease():
-            pass
-    else:
-        with folder.lease():
-            pass
-
-
 @pytest.mark.parametrize(
     ("settings", "key", "first"),
     [
@@ -159,31 +115,3 @@ def test_stages_that_train_for_themselves_depend_on_how(tmp_path, settings, key,
     again = RunFolder(tmp_path / "run", job(**settings, training={key: value}), redo=True)
     place = STAGES.index(first)
     assert [again.finished(stage) for stage in STAGES] == [True] * place + [False] * (len(STAGES) - place)
-
-
-def test_a_heartbeat_that_finds_the_disk_full_does_not_end_the_lease(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_BEAT_SECONDS", 0.01)
-    beats, full = [], threading.Event()
-
-    def write(file, content):
-        beats.append(content["heartbeat"])
-        if full.is_set():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_json(file, content)
-
-    monkeypatch.setattr(run_folder, "write_json", write)
-    folder = RunFolder(tmp_path / "run", job())
-    with folder.lease():
-        full.set()
-        failed = len(beats)
-        wait_for(lambda: len(beats) > failed + 2)
-        full.clear()
-        before = json.loads((folder / "lease.json").read_text())["heartbeat"]
-        wait_for(lambda: json.loads((folder / "lease.json").read_text())["heartbeat"] > before)
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

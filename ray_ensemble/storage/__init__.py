@@ -1,7 +1,8 @@
-"""Run folders at a URL: objects of a store, a local copy that the driver works in, and what workers hand back."""
+"""Run folders: who owns one; and those at a URL: objects of a store, the driver's local copy, what workers hand back."""
 
 from ray_ensemble.storage.exchange import adapter_copy, bring, drop, located, run_copy, run_of, train_storage
-from ray_ensemble.storage.lease import StoreLease
+from ray_ensemble.storage.lease import LOCAL_SETTLE_SECONDS, Lease
+from ray_ensemble.storage.local import LocalFolder
 from ray_ensemble.storage.mirror import Mirror
 from ray_ensemble.storage.readers import run_files, status_files
 from ray_ensemble.storage.sources import source_files
@@ -10,10 +11,12 @@ from ray_ensemble.storage.url import checked_url, is_safe, is_url, run_place, wi
 from ray_ensemble.storage.working_copy import MARKER, WorkingCopy, opened, origin, place_of, refuse_working_copy
 
 __all__ = [
+    "LOCAL_SETTLE_SECONDS",
     "MARKER",
+    "Lease",
+    "LocalFolder",
     "Mirror",
     "Store",
-    "StoreLease",
     "Stored",
     "WorkingCopy",
     "adapter_copy",

@@ -1,9 +1,9 @@
-"""One owner at a time of a run folder in a store: an object with a heartbeat.
+"""One owner at a time of a run folder: a file or object with a heartbeat.
 
-Stores have no lock that all of them share, so an owner writes its lease, waits, and reads it back: of two that come at the same
-moment the later writer stays. One whose write was delayed for longer than that wait can still come second to an owner that has
-begun; then the first one finds another's name in the lease at its next heartbeat, at most `BEAT_SECONDS` later, and ends. The
-age of a heartbeat is told by the store's clock alone, where the store has one.
+Stores and shared file systems have no lock that all of them share, so an owner writes its lease, waits, and reads it back: of
+two that come at the same moment the later writer stays. One whose write was delayed for longer than that wait can still come
+second to an owner that has begun; then the first one finds another's name in the lease at its next heartbeat, at most
+`BEAT_SECONDS` later, and ends. The age of a heartbeat is told by the clock of the store or file system alone, where it has one.
 """
 
 from __future__ import annotations
@@ -15,24 +15,44 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray_ensemble.errors import InputError, RunError
-from ray_ensemble.storage.store import Store
+from ray_ensemble.storage.store import Stored
 
 LEASE = "lease.json"
 BEAT_SECONDS = 10.0
 SETTLE_SECONDS = 2.0
+LOCAL_SETTLE_SECONDS = 0.5  # in a folder: a write is seen by others once it is renamed
 _LOOKS = (0.0, 0.5, 1.0)  # seconds before each look for a lease that seems to have gone
 _NANOSECOND = 1e-9
 _HELD: set[str] = set()  # ids of the leases that this process holds
 
 
-class StoreLease:
-    """The lease of a store.
+class Place(Protocol):
+    """Where a lease lies: a `Store`, or a `LocalFolder`."""
+
+    def where(self, name: str) -> str:
+        """The place, or something there, as messages name it."""
+
+    def about(self, name: str) -> Stored | None:
+        """Size and time of what has this name, or None."""
+
+    def read(self, name: str) -> bytes | None:
+        """Its bytes, or None."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put bytes under a name, whole or not at all."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete what has these names, where there is any."""
+
+
+class Lease:
+    """The lease of a run folder.
 
     Args:
         store: of the run folder.
@@ -44,7 +64,7 @@ class StoreLease:
 
     def __init__(
         self,
-        store: Store,
+        store: Place,
         started: Callable[[int], str | None],
         *,
         expires: float,

@@ -18,7 +18,7 @@ from typing import Any
 
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import sha256_json, write_json
-from ray_ensemble.storage.lease import LEASE, StoreLease
+from ray_ensemble.storage.lease import LEASE, Lease
 from ray_ensemble.storage.mirror import Known, Mirror, clear
 from ray_ensemble.storage.store import Store
 from ray_ensemble.storage.url import checked_url, without_settings
@@ -34,7 +34,7 @@ _TUNE = re.compile(r"search/(scale-[^/]+/)?tune/(?![^/]+/result\.json$)")
 class WorkingCopy:
     """A run at a URL, opened by its one owner: `folder` is the local copy."""
 
-    def __init__(self, store: Store, folder: Path, lease: StoreLease) -> None:
+    def __init__(self, store: Store, folder: Path, lease: Lease) -> None:
         self.store, self.folder, self._lease = store, folder, lease
         self._session = uuid.uuid4().hex
         self._mirror = Mirror(store, folder, _is_pushed)
@@ -109,7 +109,7 @@ def opened(url: str, started: Callable[[int], str | None], expires: float) -> It
 
     Args:
         url: of the run folder.
-        started: as for `StoreLease`.
+        started: as for `Lease`.
         expires: likewise.
 
     Raises:
@@ -117,7 +117,7 @@ def opened(url: str, started: Callable[[int], str | None], expires: float) -> It
         RunError: the store does not answer.
     """
     store = Store(url)
-    lease = StoreLease(store, started, expires=expires)
+    lease = Lease(store, started, expires=expires)
     with lease.held():
         copy = WorkingCopy(store, place_of(store.url) / "work", lease)
         copy.open()

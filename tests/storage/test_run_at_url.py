@@ -18,7 +18,7 @@ from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import write_json
 from ray_ensemble.run_folder import LEASE_SECONDS, STAGES, RunFolder, open_run
-from ray_ensemble.storage import Store, StoreLease, adapter_copy, bring, located, origin, place_of, run_copy, run_files
+from ray_ensemble.storage import Lease, Store, adapter_copy, bring, located, origin, place_of, run_copy, run_files
 from ray_ensemble.storage import lease as lease_module
 from ray_ensemble.storage import mirror as mirror_module
 
@@ -256,9 +256,9 @@ def test_a_local_copy_is_no_run_folder_of_its_own_until_it_is_moved(url, tmp_pat
 # The lease --------------------------------------------------------------------------------------------------------------
 
 
-def a_lease(store: Store, **changes) -> StoreLease:
+def a_lease(store: Store, **changes) -> Lease:
     how = {"expires": LEASE_SECONDS, "beat": 0.05, "settle": 0.0, **changes}
-    return StoreLease(store, lambda pid: "now" if pid == os.getpid() else None, **how)
+    return Lease(store, lambda pid: "now" if pid == os.getpid() else None, **how)
 
 
 def test_a_living_owner_keeps_others_out(s3):
