@@ -115,6 +115,7 @@ def prepare(run: Path, task: str, adapters: int, work: Path) -> None:
         write_json(
             folder / "ensemble.json", {"adapters": listed, "weights": {task: [1 / count] * count}, "boosting": {}}
         )
+        write_json(folder / "manifests" / "ensemble.json", {"stage": "ensemble", "files": {}})
         folders = [folder / "adapters" / each for each in listed]
         merge_adapters(folders, [1 / count] * count, folder / "merged" / task)
 

@@ -69,7 +69,7 @@ def ensemble(stages: Stages) -> Outcome:
     from ray_ensemble.merging import merge_ensembles
 
     names, settings = stages.members, stages.config.ensemble
-    learned = settings.weights == "learned" and len(names) > 1
+    learned = settings.weights == "learned"  # also where there is one adapter: its scores still have a scale
     boosting = stages.config.boosting.steps > 0
     own = {task.name: np.eye(len(names))[stages.own_group(task.name)] for task in stages.encoded}
     alike = [1.0 / len(names)] * len(names)

@@ -149,7 +149,7 @@ class _Boosting:
 
     def _step(self) -> None:
         losses = {name: data.train_losses for name, data in self.data.items()}
-        counts = {name: len(data.examples) for name, data in self.data.items()}
+        counts = {name: len(data.task["train"]) for name, data in self.data.items()}
         group = worst_group(losses, counts, self.stages.partition, self.sampling)
         members = self.stages.partition[group]
         self._score_rest(members)
@@ -305,7 +305,7 @@ class _Boosting:
     def _losses(self, members: Sequence[str]) -> dict[str, float]:
         """Mean training loss of a group as it is picked by, and the mean of its members' validation losses."""
         losses = {task: self.data[task].train_losses for task in members}
-        counts = {task: len(self.data[task].examples) for task in members}
+        counts = {task: len(self.data[task].task["train"]) for task in members}
         return {
             "train_loss": group_loss(losses, counts, members, self.sampling),
             "validation_loss": float(np.mean([self.data[task].validation_loss for task in members])),

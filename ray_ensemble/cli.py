@@ -32,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        return _dispatch(options)
+        code = _dispatch(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except InputError as error:
         print(f"ray-ensemble: {error}", file=sys.stderr)
         return 2
@@ -188,7 +193,8 @@ def _print(*renderables: Any) -> None:
     from rich.console import Console
 
     # Where there is no terminal (a log, CI) a table must not be folded to 80 columns.
-    width = None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "120"))
+    columns = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else int(columns) if columns.isdecimal() and int(columns) else 120
     Console(width=width, highlight=False).print(*renderables, sep="\n")
 
 
@@ -215,7 +221,10 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "validate":
             command.add_argument("--subsets", type=int, default=12, help="subsets to fine-tune (default: 12)")
             command.add_argument(
-                "--repeats", type=int, default=3, help="of these, how many again with another seed (default: 3)"
+                "--repeats",
+                type=int,
+                default=None,
+                help="of these, how many again with another seed (default: 3, or all where there are fewer)",
             )
     predict = verbs.add_parser("predict", help="label rows, or continue them, with a finished run's ensembles")
     predict.add_argument("run", help="the run folder")

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_ensemble.config_errors import explain
+from ray_ensemble.config_yaml import read_yaml, yaml_text
 from ray_ensemble.errors import InputError
 from ray_ensemble.storage.url import checked_url, is_url
 
@@ -25,7 +26,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Section(BaseModel):
     """A section of the job file: immutable, and strict about keys and types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -387,10 +388,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> JobConf
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot read the job file ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise InputError(f"{path}: a job file is a mapping with the keys {', '.join(JobConfig.model_fields)}")
@@ -426,7 +427,7 @@ def serving_config(given: dict[str, Any]) -> ServingConfig:
 
 def dump_config(config: JobConfig) -> str:
     """The resolved job as YAML that `load_config` reads back to an equal `JobConfig`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text(config.model_dump(mode="json"))
 
 
 def flatten(config: JobConfig) -> dict[str, Any]:
@@ -448,13 +449,22 @@ def _anchored(source: str, base_dir: Path, hub: bool = False) -> str:
     if source.startswith("pypi:") or is_url(source):
         return checked_url(source) if is_url(source) else source
     if source.startswith("hf:"):
-        local = (base_dir / Path(source[3:]).expanduser()).resolve()
+        if is_url(source[3:]):
+            raise InputError("a source 'hf:…://…': 'hf:' stands before a hub id or a folder, not before a URL")
+        local = _local(source[3:], base_dir)
         return f"hf:{local}" if source[3:].startswith((".", "/", "~")) else source
-    local = (base_dir / Path(source).expanduser()).resolve()
+    local = _local(source, base_dir)
     # A model given as "owner/name" is a hub id unless such a path is there.
     if hub and not local.exists() and not source.startswith((".", "/", "~")):
         return source
     return str(local)
+
+
+def _local(source: str, base_dir: Path) -> Path:
+    try:
+        return (base_dir / Path(source).expanduser()).resolve()
+    except (RuntimeError, ValueError, OSError) as error:  # no such user; a NUL in it; a circle of links
+        raise InputError(f"source {source!r}: no path ({' '.join(str(error).split())})") from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -462,8 +472,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InputError(f"--set {override}: expected section.key=value, such as search.trials=8")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except (ValueError, yaml.YAMLError):
         raise InputError(f"--set {override}: the value is not YAML") from None
     *sections, leaf = key.split(".")
     target = data

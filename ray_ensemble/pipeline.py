@@ -136,14 +136,15 @@ class Job:
         return RunResult(folder.path, folder.url)
 
     def validate(
-        self, output: str | Path, *, subsets: int = 12, repeats: int = 3, redo: bool = False
+        self, output: str | Path, *, subsets: int = 12, repeats: int | None = None, redo: bool = False
     ) -> dict[str, Any]:
         """Fine-tune sampled subsets for real and compare the estimate with them: `validation.json`, and what it holds.
 
         Args:
             output: the run folder; stages up to the gradients run first where they are not whole.
             subsets: how many are fine-tuned.
-            repeats: how many of these are fine-tuned again with another seed, which gives the ceiling of any estimate.
+            repeats: how many of these are fine-tuned again with another seed, which gives the ceiling of any estimate; by default
+                three, or all where there are fewer.
             redo: as for `through`.
 
         Raises:
@@ -152,9 +153,11 @@ class Job:
         prepare_environment()
         from ray_ensemble.models import quiet_libraries
         from ray_ensemble.report import write_validation_plot
-        from ray_ensemble.validation import validate
+        from ray_ensemble.validation import check_counts, validate
 
         quiet_libraries()
+        repeats = min(3, subsets) if repeats is None else repeats
+        check_counts(subsets, repeats)
         with open_run(output, self.config, redo) as folder, ExitStack() as stack:
             stages = Stages(folder, stack)
             stages.through("gradients")

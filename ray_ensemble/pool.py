@@ -188,7 +188,10 @@ class _Pool(Generic[Unit]):
             if isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
             raise RunError(f"{name}: {type(error.cause).__name__}: {error.cause}") from error
-        except ray.exceptions.RayActorError as error:
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.ObjectLostError,
+        ) as error:  # an object may go with its node
             self._bury(member, name, unit, error)
             return
         if unit is None:

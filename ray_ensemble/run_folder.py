@@ -168,7 +168,11 @@ class RunFolder:
                 "or give --redo to recompute what depends on it"
             )
         if changed:
-            self.forget_from(min((_stage_of(key, self.config) for key in changed), key=STAGES.index))
+            stage = min((_stage_of(key, self.config) for key in changed), key=STAGES.index)
+            self.forget_from(stage)
+            if STAGES.index(stage) <= STAGES.index("train"):  # the estimate that was validated was of another job
+                for name in ("validation.json", "plots/validation.png"):
+                    (self.path / name).unlink(missing_ok=True)
         if before != after:
             write_text(file, dump_config(self.config))
 

@@ -205,6 +205,13 @@ def cluster_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def node_resources() -> list[dict[str, float]]:
+    """What each living node of the cluster has."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
 def may_grow() -> bool:
     """Whether the cluster may get more nodes: one that was joined may, one of this machine's own does not."""
     return watches_preemption()

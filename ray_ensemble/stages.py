@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ray_ensemble.adapter_stages import ensemble, evaluate, train
 from ray_ensemble.config import JobConfig
 from ray_ensemble.errors import InputError
-from ray_ensemble.files import read_json, sha256_file, write_json
+from ray_ensemble.files import read_json, sha256_file, sha256_json, write_json
 from ray_ensemble.job_metadata import metadata
 from ray_ensemble.metrics import FAILED, RUNNING, WAITING, WHOLE, run_figures
 from ray_ensemble.progress import Bar, console
@@ -98,6 +98,7 @@ class Stages:
         from ray_ensemble.training.parallel import check_strategy
 
         check_strategy(self.config.training)
+        self._check_settings()
         shards = self.config.gradients.shards
         if shards > 1:  # then no one process need have room for it
             base, tried = load_shapes(self._model_folder, default_device()), load_miniature(self._model_folder)
@@ -129,18 +130,14 @@ class Stages:
                 "device": default_device().type,
                 "pad_id": pad if pad is not None else self._tokenizer.eos_token_id or 0,
             },
-            "adapter": {"hash": sha256_file(self.init / "adapter_model.safetensors"), "parameters": sizes},
+            "adapter": {"hash": self._initial_hash(), "parameters": sizes},
         }
         write_json(self.folder / "plan.json", plan)
         return [self.folder / "plan.json", *sorted(self.init.iterdir())], {}
 
     def tasks(self) -> Outcome:
         """Read, split and tokenise the data."""
-        if max(self.config.search.groups) > len(self.encoded):
-            raise InputError(
-                f"search.groups: {max(self.config.search.groups)} groups of {len(self.encoded)} tasks; "
-                "a group needs at least one task"
-            )
+        self._check_settings()
         described = [_describe(task, encoded) for task, encoded in zip(self._loaded, self.encoded, strict=True)]
         write_json(self.folder / "tasks.json", {"tasks": described})
         return [self.folder / "tasks.json"], {}
@@ -217,7 +214,9 @@ class Stages:
         """The gradients of this folder as the estimator takes them."""
         from ray_ensemble.gradients import GradientStore
 
-        return _features(GradientStore.open(self.folder / "gradients"))
+        told = read_json(self.folder / "tasks.json", "list of tasks")["tasks"]
+        trained = {task["name"]: int(task["train"]) for task in told}
+        return _features(GradientStore.open(self.folder / "gradients"), trained)
 
     def estimator(self) -> Estimator:
         """The estimate as the search uses it, from the gradients of this folder."""
@@ -251,6 +250,22 @@ class Stages:
     @cached_property
     def _loaded(self) -> list[Task]:
         return load_tasks(self.config.tasks, self.config.limits, Path.cwd())
+
+    def _initial_hash(self) -> str:
+        """Hash of θ₀: of its weights, and of the settings that change what a gradient or a training makes of them."""
+        settings = self.config.adapter.model_dump(include={"alpha", "rank_stabilized", "dropout"})
+        return sha256_json({"weights": sha256_file(self.init / "adapter_model.safetensors"), **settings})
+
+    def _check_settings(self) -> None:
+        """Refuse, before anything costly, a search that these tasks cannot have, and what shards cannot do."""
+        from ray_ensemble.grouping.cases import search_cases
+
+        if self.config.ensemble.router and self.config.gradients.shards > 1:
+            raise InputError(
+                "ensemble.router: true reads hidden states from the whole base on one device, and gradients.shards asks for a "
+                "base in parts; leave one of them out"
+            )
+        search_cases(self.config.search, len(self._loaded))
 
     @cached_property
     def encoded(self) -> list[EncodedTask]:
@@ -396,8 +411,8 @@ def _describe(task: Task, encoded: EncodedTask) -> dict[str, Any]:
     }
 
 
-def _features(store: GradientStore) -> list[TaskFeatures]:
-    """The gradient store as the estimator takes it."""
+def _features(store: GradientStore, trained: dict[str, int]) -> list[TaskFeatures]:
+    """The gradient store as the estimator takes it, with the number of examples that each task is trained on."""
     from ray_ensemble.estimator import TaskFeatures, pairwise_margins
 
     found = []
@@ -417,6 +432,7 @@ def _features(store: GradientStore) -> list[TaskFeatures]:
                 validation_scores=validation.class_scores,
                 validation_features=validation.class_features,
                 validation_labels=validation.labels,
+                trained=trained[name],
             )
         )
     return found

@@ -14,6 +14,7 @@ import math
 import time
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def run_status(folder: str | Path) -> dict[str, Any]:
     owner = _owner(path)
     alive = owner is not None and owner["alive"]
     failures = path / "failures.json"
-    failed = read_json(failures, "record of failures")["failed"] if failures.is_file() else {}
+    failed = _mapping(failures, "record of failures", "failed")["failed"] if failures.is_file() else {}
     found: dict[str, Any] = {
         "folder": without_settings(str(folder)) if is_url(folder) else str(path.resolve()),
         "state": _state(current, alive, failed),
@@ -62,7 +63,7 @@ def run_status(folder: str | Path) -> dict[str, Any]:
         "failed": failed,
     }
     if stages["tasks"]["whole"]:
-        tasks = {task["name"]: task for task in read_json(path / "tasks.json", "description of the tasks")["tasks"]}
+        tasks = {task["name"]: task for task in _mapping(path / "tasks.json", "list of tasks", "tasks")["tasks"]}
         found["gradients"] = _gradients(path, config, tasks)
         found["search"] = _search(path, config, stages["search"]["whole"])
         if stages["search"]["whole"]:
@@ -115,9 +116,17 @@ def _stage(path: Path, stage: str) -> dict[str, Any]:
     manifest = path / "manifests" / f"{stage}.json"
     if not manifest.is_file():
         return {"whole": False, "seconds": None, "missing": []}
-    facts = read_json(manifest, "manifest")
+    facts = _mapping(manifest, "manifest", "files")
     missing = [name for name in facts["files"] if not (path / name).is_file()]
     return {"whole": not missing, "seconds": facts.get("seconds"), "missing": missing}
+
+
+def _mapping(file: Path, what: str, key: str) -> dict[str, Any]:
+    """What a JSON file holds, which has to be a mapping with `key`."""
+    found = read_json(file, what)
+    if not isinstance(found, dict) or not isinstance(found.get(key), dict | list):
+        raise InputError(f"{file}: this {what} is damaged: there is no '{key}' in it")
+    return found
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
@@ -177,10 +186,15 @@ def _rate(sizes: dict[Path, int]) -> float | None:
     """Units a second, by the times of the files that hold them; the first file tells when, not how fast."""
     if len(sizes) < 2:
         return None
-    times = {file: file.stat().st_mtime for file in sizes}
+    times = {}
+    for file in sizes:
+        with suppress(FileNotFoundError):  # a part that was put together with others since
+            times[file] = file.stat().st_mtime
+    if len(times) < 2:
+        return None
     first, last = min(times, key=lambda f: times[f]), max(times.values())
     elapsed = last - times[first]
-    return (sum(sizes.values()) - sizes[first]) / elapsed if elapsed > 0 else None
+    return (sum(sizes[file] for file in times) - sizes[first]) / elapsed if elapsed > 0 else None
 
 
 def _gradients(path: Path, config: JobConfig, tasks: dict[str, Any]) -> dict[str, Any]:
@@ -207,15 +221,17 @@ def _examples(part: Path) -> int | None:
 
 
 def _search(path: Path, config: JobConfig, whole: bool) -> dict[str, Any]:
-    results = {file: 1 for file in (path / "search" / "tune").glob("*/result.json") if file.stat().st_size}
+    scales = len(set(config.search.regularization_scales))  # with several, each has trials of its own
+    files = (path / "search").glob("tune/*/result.json" if scales == 1 else "scale-*/tune/*/result.json")
+    results = {file: 1 for file in files if file.stat().st_size}
     # There may be fewer distinct trials than the job allows.
-    total = len(results) if whole else config.search.trials
+    total = len(results) if whole else config.search.trials * scales
     return _progress("trials", min(len(results), total), total, _rate(results))
 
 
 def _training(path: Path, config: JobConfig, tasks: dict[str, Any]) -> dict[str, Any]:
     """Steps of all adapters: those that are done by name, those in training by the key that their logs have."""
-    groups = read_json(path / "partition.json", "partition")["groups"]
+    groups = _mapping(path / "partition.json", "partition", "groups")["groups"]
     members = {f"group-{g}": list(group) for g, group in enumerate(groups)}
     steps = {
         name: config.training.steps(sum(tasks[task]["train"] for task in group)) for name, group in members.items()

@@ -112,19 +112,21 @@ class Submission:
     async def _tail(self, client: Any, write: Callable[[str], object]) -> None:
         import aiohttp
 
-        log, heard = LogReader(), time.monotonic()
+        log, lost = LogReader(), None
         while True:
             log.restart()
             try:
                 async for text in client.tail_job_logs(self.id):
                     write(log.new(text))
                     sys.stdout.flush()
-                    heard = time.monotonic()
+                    lost = None
                 if client.get_job_info(self.id).status.is_terminal():
                     return
-                heard = time.monotonic()
+                lost = None
             except (RuntimeError, OSError, aiohttp.ClientError) as error:
-                if time.monotonic() - heard > _LOST_SECONDS:
+                # Counted from when it was lost: a job may have been silent for long before.
+                lost = time.monotonic() if lost is None else lost
+                if time.monotonic() - lost > _LOST_SECONDS:
                     raise RunError(f"{self.address} is silent ({error}); the job may go on: {self.hint()}") from None
             await asyncio.sleep(1.0)
 

@@ -42,8 +42,8 @@ def unseen_weights(run: str | Path, task_folder: str | Path, examples: int = EXA
 
     quiet_libraries()
     place, path = run_place(run), Path(task_folder)
-    known = run_files(place)
-    ensemble = read_json(known / "ensemble.json", "ensemble; has the run come this far?")
+    known = run_files(place, "ensemble")
+    ensemble = read_json(known / "ensemble.json", "ensemble")
     if not path.is_dir():
         raise InputError(f"--task-folder {path}: no such folder")
     task = read_few(path, TaskConfig(source=str(path)))
@@ -95,6 +95,11 @@ def _from_similarity(stages: Any, task: Task, ensemble: dict[str, Any]) -> dict[
     from ray_ensemble.ensemble.weights import scale_of
     from ray_ensemble.evaluation.hidden_states import mean_hidden_states
 
+    if stages.config.gradients.shards > 1:
+        raise InputError(
+            "weights without labels come from hidden states of the whole base on one device, and this run has gradients.shards; "
+            "give labelled examples"
+        )
     stages.refuse_changed_data()
     prompts = sample((*task["train"], *task["test"]), PROMPTS)
     (encoded,) = stages.encode([replace(task, splits={"train": prompts, "validation": (), "test": ()})])

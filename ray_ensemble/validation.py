@@ -39,10 +39,7 @@ def validate(stages: Stages, subsets: int, repeats: int) -> dict[str, Any]:
         InputError: more repeats than subsets, or fewer than one subset.
         RunError: a fine-tuning failed; the others are kept.
     """
-    if subsets < 1:
-        raise InputError(f"--subsets {subsets}: at least one subset has to be fine-tuned")
-    if not 0 <= repeats <= subsets:
-        raise InputError(f"--repeats {repeats}: 0 to {subsets}, the number of subsets")
+    check_counts(subsets, repeats)
     estimator = stages.estimator()
     settings = stages.config.estimator
     kept = calibration_subsets(stages, estimator.features)  # λ was chosen by them: they say nothing about the estimate
@@ -68,6 +65,14 @@ def validate(stages: Stages, subsets: int, repeats: int) -> dict[str, Any]:
     }
     write_json(stages.folder / "validation.json", found)
     return found
+
+
+def check_counts(subsets: int, repeats: int) -> None:
+    """Raise `InputError` for numbers that cannot be, before anything is computed."""
+    if subsets < 1:
+        raise InputError(f"--subsets {subsets}: at least one subset has to be fine-tuned")
+    if not 0 <= repeats <= subsets:
+        raise InputError(f"--repeats {repeats}: 0 to {subsets}, the number of subsets")
 
 
 def measured_points(estimator: Estimator, runs: Sequence[RealRun]) -> list[Point]:

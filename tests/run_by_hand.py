@@ -80,4 +80,5 @@ def write_run(
     )
     for task, found in weights.items():
         merge_adapters(folders, found, folder / "merged" / task)
+    write_json(folder / "manifests" / "ensemble.json", {"stage": "ensemble", "files": {}})
     return folder

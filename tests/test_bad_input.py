@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -183,13 +185,24 @@ def test_changed_data_and_model_are_refused(place, capsys):
     assert "the data of phones" in capsys.readouterr().err
 
 
-def test_predict_names_unknown_tasks_and_unfinished_runs(place, capsys):
+def test_predict_names_unfinished_runs(place, capsys):
     assert place.run() == 0
-    assert main(["predict", str(place.output), "--task", "filmes"]) == 2
-    assert "did you mean 'films'?" in capsys.readouterr().err
     assert main(["predict", str(place.output), "--task", "films"]) == 2
-    assert "ensemble.json" in capsys.readouterr().err
+    assert "the ensemble stage is not whole" in capsys.readouterr().err
     assert main(["predict", str(place.folder / "nothing"), "--task", "films"]) == 2
+    assert "no run folder is there" in capsys.readouterr().err
+
+
+def test_the_default_numbers_of_groups_are_no_more_than_the_tasks(place):
+    del place.job["search"]["groups"]
+    assert place.run() == 0
+
+
+def test_a_search_that_cannot_be_is_refused_before_the_base_is_loaded(place, capsys):
+    place.job["search"]["groups"] = [2, 3]
+    assert place.run("plan") == 2
+    assert "3 groups of 2 tasks" in capsys.readouterr().err
+    assert not (place.output / "init").exists()
 
 
 @pytest.mark.parametrize("arguments", [["rnu", "job.yaml"], ["run"], []])
@@ -198,3 +211,43 @@ def test_wrong_use_is_exit_code_2(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_validation_of_too_few_subsets_is_refused_before_anything_runs(place, capsys):
+    (place.folder / "job.yaml").write_text(yaml.safe_dump(place.job))
+    for counts, words in ((["--subsets", "0"], "at least one"), (["--subsets", "2", "--repeats", "3"], "0 to 2")):
+        assert main(["validate", str(place.folder / "job.yaml"), "--output", str(place.output), *counts]) == 2
+        assert words in capsys.readouterr().err
+    assert not place.output.exists()
+
+
+def test_a_router_over_shards_is_refused_when_the_run_is_planned(place, capsys):
+    place.job |= {"ensemble": {"router": True}, "gradients": {"shards": 2}}
+    assert place.run("plan") == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["", "wide", "0", "100"])
+def test_any_width_of_the_terminal_will_do(place, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert place.run() == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(place):
+    assert place.run() == 0
+    command = f"{sys.executable} -m ray_ensemble.cli status {place.output} --json | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "{"
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["alpha", "dropout", "rank_stabilized"])
+def test_results_do_not_survive_a_change_of_what_theta_0_means(place, setting):
+    """Its weights are the same; what is computed from it is not."""
+    assert place.run("plan") == 0
+    before = json.loads((place.output / "plan.json").read_text())["adapter"]["hash"]
+    place.job["adapter"] = {setting: {"alpha": 8, "dropout": 0.1, "rank_stabilized": True}[setting]}
+    place.output = place.folder / "other"
+    assert place.run("plan") == 0
+    assert json.loads((place.output / "plan.json").read_text())["adapter"]["hash"] != before

@@ -105,3 +105,54 @@ def test_steps_have_a_floor_and_round_up():
     training = JobConfig.model_validate({**JOB, "training": {"epochs": 3, "batch_size": 8, "min_steps": 10}}).training
     assert training.steps(8) == 10
     assert training.steps(33) == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {epochs: 5}\ntraining: {batch_size: 4}\n", ["'training' is given twice", "line 5"]),
+        ("training:\n  epochs: 5\n  epochs: 6\n", ["'epochs' is given twice"]),
+        ("limits: {train: 2024-13-45}\n", ["not a YAML file", "month must be in"]),
+        ("training: {gpus: .inf, workers: 2}\n", ["training.gpus", "finite"]),
+        ("training: {learning_rate: .nan}\n", ["training.learning_rate"]),
+    ],
+)
+def test_what_yaml_would_let_pass_is_named(tmp_path, text, words):
+    path = tmp_path / "job.yaml"
+    path.write_text("model: {source: owner/name}\ntasks: [data]\n# the rest\n" + text)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/x", "hf:~nosuchuser/x", "a\0b", "hf:https://u:p4ss@host/x"])
+@pytest.mark.parametrize("place", ["model", "task"])
+def test_sources_that_are_no_paths_are_refused(tmp_path, source, place):
+    changes = {"model": {"source": source}} if place == "model" else {"tasks": [source]}
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, **changes))
+    assert "p4ss" not in str(caught.value)
+
+
+def test_numbers_may_be_written_as_elsewhere(tmp_path):
+    assert load_config(write(tmp_path), ["training.learning_rate=1e-3"]).training.learning_rate == 1e-3
+    with pytest.raises(InputError, match="not YAML"):
+        load_config(write(tmp_path), ["limits.train=2024-13-45"])
+
+
+@pytest.mark.parametrize("word", ["1e3", "-2E5", "1.5", "yes", "2024-01-01", "null"])
+def test_texts_that_look_like_something_else_read_back_as_texts(tmp_path, word):
+    config = JobConfig.model_validate({**JOB, "tasks": [{"source": "data", "name": word, "labels": [word, "no"]}]})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    (task,) = load_config(tmp_path / "config.yaml").tasks
+    assert (task.name, task.labels) == (word, [word, "no"])
+
+
+def test_the_readmes_job_is_one():
+    """Its data are elsewhere; its keys and values are checked, and the hub's unlabelled test split is not asked for."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = (each for each in text.split("```yaml\n")[1:] if "tasks:" in each)
+    config = JobConfig.model_validate(yaml.safe_load(block.partition("```")[0]))
+    (hub,) = (task for task in config.tasks if task.source.startswith("hf:"))
+    assert hub.splits == {"train": "train", "validation": "validation"}

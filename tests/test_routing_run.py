@@ -134,6 +134,6 @@ def test_a_dataset_of_the_run_and_a_folder_that_is_none_are_refused(routed, task
         assert main(["weights", str(routed), "--task-folder", str(folder)]) == 2
         assert words in capsys.readouterr().err
     assert main(["weights", str(tmp_path), "--task-folder", str(task_folder / "films")]) == 2
-    assert "has the run come this far?" in capsys.readouterr().err
+    assert "no run folder is there" in capsys.readouterr().err
     assert main(["weights", str(routed), "--task-folder", str(task_folder / "films"), "--examples", "-1"]) == 2
     assert "--examples -1" in capsys.readouterr().err

@@ -115,3 +115,20 @@ def test_stages_that_train_for_themselves_depend_on_how(tmp_path, settings, key,
     again = RunFolder(tmp_path / "run", job(**settings, training={key: value}), redo=True)
     place = STAGES.index(first)
     assert [again.finished(stage) for stage in STAGES] == [True] * place + [False] * (len(STAGES) - place)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"training": {"learning_rate": 0.1}}, False),
+        ({"gradients": {"dim": 100}}, False),
+        ({"ensemble": {"weights": "own"}}, True),
+    ],
+)
+def test_a_validation_of_another_job_is_dropped(tmp_path, changes, kept):
+    """The report would show it as this one's."""
+    folder = RunFolder(tmp_path / "run", job())
+    finish_all(folder)
+    (folder / "validation.json").write_text("{}")
+    RunFolder(tmp_path / "run", job(**changes), redo=True)
+    assert (folder / "validation.json").exists() == kept

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ray_ensemble.ensemble.weights import scale_of
+from ray_ensemble.storage import is_url, without_settings
 from ray_ensemble.tasks import prompt_fields
 from ray_ensemble.version import __version__
 
@@ -40,8 +41,10 @@ def model_card(run: FinishedRun) -> str:
 
 
 def public_source(source: str) -> str:
-    """A source without what only this machine knows: of a local path the last part, all others as they are."""
+    """A source without what is not for the public: of a local path or a URL the last part, all others as they are."""
     bare = source.removeprefix("hf:")
+    if is_url(bare):
+        return without_settings(bare).rstrip("/").rpartition("/")[2]
     return Path(bare).name if Path(bare).is_absolute() else bare
 
 
@@ -161,8 +164,8 @@ def _figures(run: FinishedRun) -> str:
         "## Figures\n\nAccuracy and loss on the test splits of this run; loss in nats an example, of the right label's "
         "share among the label words.\n\n"
         + _table(["dataset", "examples", *(_MODELS[name] for name in measured)], rows)
-        + "\n\nFloating-point operations of gradients, search, groups, boosting and weights over those of one QLoRA on all "
-        "data with as many steps: "
+        + "\n\nFloating-point operations of gradients, search, groups, boosting, weights and merging over those of one QLoRA on "
+        "all data with as many steps: "
         f"{run.metrics['flops']['ratio']:.2f}."
     )
 

@@ -15,7 +15,7 @@ from ray_ensemble.ensemble.merge import VLLM_RANKS
 from ray_ensemble.ensemble.prediction import ensemble_parts
 from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json, whole_folder
-from ray_ensemble.storage import run_files, run_place
+from ray_ensemble.storage import is_url, run_files, run_place
 
 _VLLM_LORAS = 8  # --max-loras: adapters in one batch, for each of which vLLM sets GPU memory aside
 
@@ -61,7 +61,8 @@ class FinishedRun:
     def hub_base(self) -> str | None:
         """The base's hub id, if it came from the hub."""
         source = self.config.model.source
-        return None if source.startswith("pypi:") or Path(source.removeprefix("hf:")).is_absolute() else self.base
+        elsewhere = source.startswith("pypi:") or is_url(source) or Path(source.removeprefix("hf:")).is_absolute()
+        return None if elsewhere else self.base
 
 
 def finished_run(folder: str | Path) -> FinishedRun:
@@ -70,10 +71,10 @@ def finished_run(folder: str | Path) -> FinishedRun:
     Raises:
         InputError: no run is there, or it has not come to its ensemble.
     """
-    path = run_files(run_place(folder))
+    path = run_files(run_place(folder), "ensemble")
     config = load_config(path / "config.yaml")
-    read_json(path / "manifests" / "ensemble.json", "manifest of the ensemble; has the run come this far?")
-    metrics = path / "metrics.json"
+    # Figures of before stay where the ensemble was made anew and not evaluated yet.
+    evaluated = (path / "manifests" / "evaluate.json").is_file()
     return FinishedRun(
         path,
         config,
@@ -82,7 +83,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
         read_json(path / "partition.json", "partition"),
         read_json(path / "ensemble.json", "ensemble"),
         read_json(path / "manifests" / "train.json", "manifest of the training")["steps"],
-        read_json(metrics, "table of metrics") if metrics.exists() else None,
+        read_json(path / "metrics.json", "table of metrics") if evaluated else None,
     )
 
 
@@ -103,6 +104,10 @@ def export_run(folder: str | Path, target: str | Path) -> Path:
     run, path = finished_run(folder), Path(target).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"--output {target}: is there already and not empty; choose another folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {target}: cannot be made ({error.strerror})") from None
     with whole_folder(path) as temporary:
         ranks = {at: _copy_adapter(run.folder / at, temporary / at, run.base) for at in run.adapters}
         _write(temporary / "ensemble.json", run.ensemble)

@@ -68,12 +68,12 @@ class Predictor:
     """
 
     def __init__(self, folder: str | Path, tasks: Sequence[str] | None = None, merged: bool = False) -> None:
-        run = run_files(run_place(folder))
+        run = run_files(run_place(folder), "ensemble")
         known = {entry["name"]: entry for entry in read_json(run / "tasks.json", "list of tasks")["tasks"]}
         for task in known if tasks is None else tasks:
             if task not in known:
                 raise InputError(f"{folder}: no task '{task}'{nearest(task, known)} (tasks: {', '.join(known)})")
-        ensemble = read_json(run / "ensemble.json", "ensemble; has the run come this far?")
+        ensemble = read_json(run / "ensemble.json", "ensemble")
         model = read_json(run / "plan.json", "plan")["model"]
         self._config = load_config(run / "config.yaml")
         self.tasks: dict[str, PredictedTask] = {

@@ -19,6 +19,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+_FIELD = re.compile(r"\{([^\W\d]\w*)\}")
+# What chat templates take for today's date, from a variable or a function, was the same in training.
+DATE = "01 Jan 2025"
+NO_CLOCK = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}{{{{ '' }}}}"
+
 
 class Exported:
     """The adapters of an exported folder on their base."""
@@ -38,6 +43,7 @@ class Exported:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
         self.tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        self._end = self._appended()
         model = AutoModelForCausalLM.from_pretrained(base, **options)
         self.names: dict[str, str] = {}
         first = f"adapters/{self.ensemble['adapters'][0]}"
@@ -65,10 +71,10 @@ class Exported:
     @torch.no_grad()
     def _scores(self, adapter: str | None, task: str, fields: Mapping[str, Any]) -> torch.Tensor:
         """Log-shares (K) of the label words under the adapter at a path of the folder, or under the base alone."""
-        prompt = self._prompt(self.tasks[task]["prompt"], fields)
+        words = [self.tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in self.tasks[task]["labels"]]
+        prompt = self._prompt(self.tasks[task]["prompt"], fields, self.described["max_tokens"] - max(map(len, words)))
         found = []
-        for label in self.tasks[task]["labels"]:
-            word = self.tokenizer(" " + label, add_special_tokens=False)["input_ids"]
+        for word in words:
             ids = torch.tensor([prompt + word], device=self.model.device)
             if adapter is None:
                 with self.model.disable_adapter():
@@ -80,15 +86,43 @@ class Exported:
             found.append(shares[range(len(word)), word].sum())
         return torch.stack(found).log_softmax(0)
 
-    def _prompt(self, template: str, fields: Mapping[str, Any]) -> list[int]:
-        text = re.sub(r"\{([^\W\d]\w*)\}", lambda match: str(fields[match[1]]), template)
-        if not self.described["chat"]:
-            return list(self.tokenizer(text)["input_ids"])
-        turn = [{"role": "user", "content": text}]
-        chat = self.tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, date_string="01 Jan 2025"
-        )
-        return list(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
+    def _prompt(self, template: str, fields: Mapping[str, Any], most: int) -> list[int]:
+        """At most `most` tokens, as in training: of a longer prompt the longest fields lose their ends."""
+        texts = {name: str(fields[name]) for name in _FIELD.findall(template)}
+        fits, fails = 0, max(map(len, texts.values()), default=0)
+        whole, best = self._encoded(template, texts, fails), self._encoded(template, texts, 0)
+        if len(whole) <= most:
+            return whole
+        if len(best) > most:
+            raise ValueError(f"the prompt without its fields has {len(best)} tokens, and there is room for {most}")
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            found = self._encoded(template, texts, middle)
+            if len(found) <= most:
+                fits, best = middle, found
+            else:
+                fails = middle
+        return best
+
+    def _encoded(self, template: str, texts: Mapping[str, str], cap: int) -> list[int]:
+        text = _FIELD.sub(lambda match: texts[match[1]][:cap], template)
+        if self.described["chat"]:
+            chat = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                chat_template=NO_CLOCK + self.tokenizer.get_chat_template(),
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=DATE,
+            )
+            return list(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(text)["input_ids"])
+        return ids[: len(ids) - self._end]
+
+    def _appended(self) -> int:
+        """How many tokens, such as an end, the tokenizer appends; a label follows its prompt at once."""
+        bare, full = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+        return len(full) - starts[-1] - len(bare) if starts else 0
 
     def _activate(self, adapter: str) -> None:
         if adapter not in self.names:

@@ -38,8 +38,8 @@ class RegularizationChoice:
 
 
 def total_examples(features: Sequence[TaskFeatures], members: Sequence[int]) -> int:
-    """Number of training examples of a group."""
-    return sum(features[task].examples for task in members)
+    """Number of examples that a training on a group has; gradients may be of a part of them (`gradients.max_examples`)."""
+    return sum(features[task].training_examples for task in members)
 
 
 def group_regularization(
@@ -74,14 +74,15 @@ def sampler_weights(
     """How often training on a group draws each of its N examples: (N,), sum 1, the members' examples in turn.
 
     With `sampling: examples` every example of a group is drawn equally often, with `tasks` every member and every example of
-    it (`training.sampling`). Another sampler needs other weights, or the estimate models another training; inside a task
-    they must not depend on the group, since its model of the loss is shared by groups.
+    it (`training.sampling`). The N examples of a member stand for all that it is trained on. Another sampler needs other
+    weights, or the estimate models another training; inside a task they must not depend on the group, since its model of the
+    loss is shared by groups.
     """
+    sizes = np.array([features[task].examples for task in members])
     if sampling == "tasks":
-        sizes = np.array([features[task].examples for task in members])
         return np.repeat(1.0 / (len(members) * sizes), sizes)
-    count = total_examples(features, members)
-    return np.full(count, 1.0 / count)
+    drawn = np.array([features[task].training_examples for task in members])
+    return np.repeat(drawn / (drawn.sum() * sizes), sizes)
 
 
 def prediction_flops(task: TaskFeatures) -> int:

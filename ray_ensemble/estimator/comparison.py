@@ -41,7 +41,8 @@ class Point:
 def compare(points: Sequence[Point], seed: int = 0) -> dict[str, Any]:
     """What `validation.json` says of the estimate's errors (DESIGN section 2, "Errors, defined once").
 
-    - `loss_error`, `accuracy_error`: mean |estimated − true| / true; accuracies of zero are left out of the second;
+    - `loss_error`, `accuracy_error`: mean |estimated − true| / true; accuracies of zero are left out of the second,
+      which is None where all are;
     - `accuracy_error_points`: mean |estimated − true| accuracy, in points;
     - `loss_error_calibrated`: of losses at the λ, and with their change from the base scaled by the number, that are best on
       `CALIBRATION_SUBSETS` real runs, measured on the others, mean over draws of these runs; None where there are too few;
@@ -62,7 +63,7 @@ def compare(points: Sequence[Point], seed: int = 0) -> dict[str, Any]:
         "subsets": len({p.subset for p in points}),
         "loss_error": _relative(estimated, true),
         "loss_error_calibrated": calibrated_error(points, seed=seed),
-        "accuracy_error": _relative(hit, really),
+        "accuracy_error": _relative(hit, really) if really.any() else None,
         "accuracy_error_points": float(np.mean(np.abs(hit - really)) * 100),
         "spearman": within_spearman(estimated, true, tasks),
         "spearman_interval": _interval(points, seed),
@@ -128,7 +129,7 @@ def _ceiling(repeated: Sequence[Point], points: Sequence[Point]) -> dict[str, An
     return {
         "points": len(repeated),
         "loss_error": _relative(second, first),
-        "accuracy_error": _relative(again, hits),
+        "accuracy_error": _relative(again, hits) if hits.any() else None,
         "accuracy_error_points": float(np.mean(np.abs(again - hits)) * 100),
         "spearman": _rank_correlation(second - level, first - level),
         "loss_deviation": float(np.sqrt(noise)),

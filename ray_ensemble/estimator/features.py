@@ -25,6 +25,7 @@ class TaskFeatures:
     - `train_features` (M, d) float32 and `train_margins` (M,): φ and f₀ (nats, at θ₀) of the margins s_y − s_k against
       each wrong label, K − 1 rows an example; or of the one margin against all of them;
     - `train_starts` (N,): the first row of each example; by default each row is an example;
+    - `trained`: how many examples a training on this task has, where these N are a part of them; by default N;
     - `validation_scores` (V, K): raw label scores s_k(x) at θ₀, in nats;
     - `validation_features` (V, K, d): projected gradients of s_k − s_0, so `[:, 0]` is zero;
     - `validation_labels` (V,) integers in [0, K).
@@ -40,6 +41,7 @@ class TaskFeatures:
     validation_features: FloatArray
     validation_labels: IntArray
     train_starts: IntArray | None = None
+    trained: int | None = None
 
     def __post_init__(self) -> None:
         expected = (*self.validation_scores.shape, self.dim)
@@ -64,6 +66,11 @@ class TaskFeatures:
         return int(self.train_features.shape[0] if self.train_starts is None else len(self.train_starts))
 
     @property
+    def training_examples(self) -> int:
+        """How many examples a training on this task draws from: N, or those that `trained` tells."""
+        return self.examples if self.trained is None else self.trained
+
+    @property
     def starts(self) -> IntArray:
         """The first row (N,) of each training example."""
         return np.arange(self.examples) if self.train_starts is None else self.train_starts
@@ -78,8 +85,8 @@ def validation_halves(count: int) -> tuple[IntArray, IntArray]:
     """Split `count` validation examples in two: even indices for search and λ, odd ones for weights and report.
 
     Returns int64 index arrays of lengths ⌈count/2⌉ and ⌊count/2⌋. Fewer than two examples are a `ValueError`, since a
-    half would be empty. The examples are the first ones of a shuffled split, so parity is as good as a draw and needs
-    no seed.
+    half would be empty. Tasks are loaded in an order that does not tell labels (`tasks.split.without_order`), so parity is
+    as good as a draw and needs no seed.
     """
     if count < 2:
         raise ValueError(f"a validation set of {count} cannot be split in two halves")

@@ -41,5 +41,5 @@ def gradient_flops(size: ModelSize, forward_tokens: int, backward_tokens: int, p
 
 
 def flops_ratio(parts: dict[str, float], qlora_all: float) -> float:
-    """(gradients + search + groups + boosting + ensemble) / one adapter on everything with the same steps and examples."""
+    """(gradients + search + groups + boosting + ensemble + merging) / one adapter on all, as many steps and examples."""
     return sum(parts.values()) / qlora_all

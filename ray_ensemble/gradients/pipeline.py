@@ -266,7 +266,10 @@ class ShardedReplica(Pipeline):
     shard_class = ShardActor
 
     def collect(self, unit: GradientUnit) -> UnitResult:
-        """Features of a unit. Several calls may be under way at once; their batches share the pipeline."""
+        """Features of a unit. Several calls may be under way at once; their batches share the pipeline.
+
+        A unit that does not fit into memory is not tried in halved batches, as a whole replica does: others are under way.
+        """
         import ray
         import torch
 

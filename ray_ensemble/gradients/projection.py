@@ -8,7 +8,8 @@ Two maps are known. `rademacher`, the paper's, has an independent sign for every
 parameter's gradient G (p, q) from both sides, φ = vec(LᵀGR) with L (p, d₁) and R (q, d₂) of signs, d₁·d₂ = d: it takes
 p·d₁ + q·d₂ signs instead of p·q·d and its inner products are right on average too, but their variance is larger, since the
 d entries are not independent (docs/gradients.md has the measured effect on the estimate). A side with as many columns as
-elements, as that of a small rank, is left as it is, which loses nothing.
+elements, as that of a small rank, is left as it is, which loses nothing. Where both are, every element still has a sign, without
+which the gradients of different parameters would be added up as if they were of one.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ class Projection:
     def _two_sided(self, name: str, gradients: Tensor) -> Tensor:
         count, rows, columns = gradients.shape
         left, right = kronecker_factors(self.dim, rows, columns)
+        if (left, right) == (rows, columns):
+            return gradients.flatten(1) * self.signs(name, 0, rows * columns, 1).T  # (N, p·q) * (1, p·q)
         half = gradients
         if right != columns:
             half = gradients.reshape(-1, columns) @ self.signs(

@@ -98,15 +98,18 @@ def damage(folder: Path, info: Mapping[str, Any]) -> str | None:
         found = read_json(folder / "info.json", "split of the gradient store")
     except InputError as error:
         return str(error)
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict) or not found["files"]:
+        return f"{folder / 'info.json'}: damaged (it lists no files)"
     for key, value in info.items():
         if found.get(key) != value:
             return f"{folder}: made with {key} = {found.get(key)}, not {value}"
-    for name, digest in found["files"].items():
-        if not (folder / name).is_file():
-            return f"{folder / name}: missing"
-        if sha256_file(folder / name) != digest:
-            return f"{folder / name}: damaged (its SHA-256 is not the recorded one)"
-    return None
+    return next((reason for name, digest in found["files"].items() if (reason := _harm(folder / name, digest))), None)
+
+
+def _harm(file: Path, digest: str) -> str | None:
+    if not file.is_file():
+        return f"{file}: missing"
+    return None if sha256_file(file) == digest else f"{file}: damaged (its SHA-256 is not the recorded one)"
 
 
 def read_split(folder: Path, expected: Mapping[str, Any]) -> StoredGradients:

@@ -6,6 +6,8 @@ what was killed in between.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +108,7 @@ def part_is_whole(path: Path) -> bool:
         with np.load(path, allow_pickle=False) as part:
             for key in part.files:
                 part[key]  # reading checks the archive's checksums
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         print(f"recomputing {path.name}: damaged ({error})", flush=True)
         return False
     return True

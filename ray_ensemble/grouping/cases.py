@@ -26,10 +26,10 @@ KICK = 5  # a trial that repeats (m, method) first makes one random change for e
 def group_counts(search: SearchConfig, tasks: int) -> list[int]:
     """The numbers of groups to try, sorted and distinct.
 
-    One above the number of tasks is an `InputError` if the job file asked for it; of the defaults, those that fit are taken.
+    One above the number of tasks is an `InputError`; but of the default numbers, those that fit are taken.
     """
     fitting = sorted({m for m in search.groups if m <= tasks})
-    if "groups" in search.model_fields_set and len(fitting) < len(set(search.groups)):
+    if search.groups != SearchConfig().groups and len(fitting) < len(set(search.groups)):
         raise InputError(
             f"search.groups: more groups than tasks: {max(search.groups)} groups of {tasks} tasks; "
             f"ask for {tasks} at most"

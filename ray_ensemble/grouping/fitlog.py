@@ -79,6 +79,8 @@ def fingerprint(features: Sequence[TaskFeatures], config: JobConfig, truths: Seq
             array = np.ascontiguousarray(getattr(task, field))
             digest.update(f"{field}{array.dtype}{array.shape}".encode())
             digest.update(array.data)
+        if task.training_examples != task.examples:
+            digest.update(f"trained{task.training_examples}".encode())
     training = config.training
     settings = {
         "estimator": config.estimator.model_dump(),

@@ -236,11 +236,17 @@ def _peak_memory_bytes() -> int:
 
 
 def job_estimator(features: Sequence[TaskFeatures], config: JobConfig, truths: Sequence[Truth] = ()) -> Estimator:
-    """The estimator that a search of this job uses, with its λ_ref, and nothing fitted yet."""
+    """The estimator that a search of this job uses, with its λ_ref, and nothing fitted yet.
+
+    Where `search.regularization_scales` has one multiple of λ_ref, that is what the search uses; of several none is the search's
+    beforehand, and λ_ref itself is taken.
+    """
+    scales = set(config.search.regularization_scales)
+    scale = next(iter(scales)) if len(scales) == 1 else 1.0
     subsets = job_subsets(features, config.estimator)
     with threadpool_limits(limits=1):
         reference = _reference(features, config, subsets, truths)
-        return Estimator(features, config.training, reference.regularization, device=fit_device())
+        return Estimator(features, config.training, scale * reference.regularization, device=fit_device())
 
 
 def fit_device() -> str | None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +30,11 @@ from ray_ensemble.models.families import causal_class, read_config
 from ray_ensemble.storage import is_url
 from ray_ensemble.tasks import cache_dir, resolve_source
 
-_WEIGHTS = ("*.safetensors",)
+_PICKLED = (
+    "*.bin",
+    "*.bin.index.json",
+)  # what transformers takes, by torch's loader of tensors alone, where there are no others
+_NO_MEMORY = "can't allocate memory"  # how torch's allocator on a CPU says it
 
 
 def materialise(source: str) -> Path:
@@ -116,7 +124,9 @@ def load_pretrained(
         options["device_map"] = {"": device}
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+            raise
         raise InputError(f"{folder}: no causal language model can be loaded from here ({_one_line(error)})") from None
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -135,8 +145,17 @@ def load_pretrained(
 
 @lru_cache(maxsize=8)
 def model_hash(folder: Path) -> str:
-    """SHA-256 over the model's config and weight files: two bases with one hash give the same gradients."""
-    files = sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern)} | {folder / "config.json"})
+    """SHA-256 over the model's config and weight files: two bases with one hash give the same gradients.
+
+    Raises:
+        InputError: the folder has no weights.
+    """
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        weights = [file for pattern in _PICKLED for file in folder.glob(pattern)]
+    if not weights:
+        raise InputError(f"{folder}: no weights are there (*.safetensors, or *.bin)")
+    files = sorted({*weights, folder / "config.json"})
     return sha256_json({file.name: sha256_file(file) for file in files})
 
 
@@ -160,7 +179,24 @@ def _convert_gguf(path: Path) -> Path:
     folder = cache_dir() / "models" / f"{path.stem}-{sha256_file(path)[:16]}-transformers-{version}"
     if (folder / "config.json").is_file():
         return folder
-    print(f"converting {path.name} to safetensors in {folder} (once)", flush=True)
+    # Several actors may begin on a new node at once: one converts, and the others wait for it.
+    with _locked(folder.with_name(f"{folder.name}.lock")):
+        if not (folder / "config.json").is_file():
+            print(f"converting {path.name} to safetensors in {folder} (once)", flush=True)
+            _write_converted(path, folder)
+    return folder
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Be the only process of this machine within the block; a process that dies lets go."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_converted(path: Path, folder: Path) -> None:
     with whole_folder(folder) as temporary:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -175,14 +211,13 @@ def _convert_gguf(path: Path) -> Path:
         fresh.load_state_dict(loaded.state_dict())
         fresh.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return folder
 
 
 def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     hub_id = source.removeprefix("hf:")
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))

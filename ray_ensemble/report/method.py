@@ -43,9 +43,9 @@ _TERMS = {
         "which equals the ensemble to first order only."
     ),
     "FLOPs ratio": (
-        "(gradients + search + training of the groups + boosting + validation passes for the weights) / (one QLoRA on all "
-        "data, same total steps and examples as all groups together). Evaluation on test is left out of both. Counted: forward "
-        "2·N·tokens, backward to activations 2·N·tokens, and the adapters' own terms, N being the parameters without the "
+        "(gradients + search + training of the groups + boosting + validation passes for the weights + merging) / (one QLoRA on "
+        "all data, same total steps and examples as all groups together). Evaluation on test is left out of both. Counted: "
+        "forward 2·N·tokens, backward to activations 2·N·tokens, and the adapters' own terms, N being the parameters without the "
         "embedding table."
     ),
     "Estimate": (

@@ -30,9 +30,8 @@ def tasks_of(folder: str | Path) -> dict[str, PredictedTask]:
     Raises:
         InputError: no run is there, or it is not that far.
     """
-    run = run_files(run_place(folder))
+    run = run_files(run_place(folder), "ensemble")
     described = read_json(run / "tasks.json", "list of tasks")["tasks"]
-    read_json(run / "ensemble.json", "ensemble; has the run come this far?")
     return {
         task["name"]: PredictedTask(task["prompt"], prompt_fields(task["prompt"]), tuple(task["labels"]))
         for task in described
@@ -58,7 +57,7 @@ def check_row(row: Any, tasks: Mapping[str, PredictedTask], task: str | None = N
             raise InputError(f"no 'task', the dataset to answer for (tasks: {', '.join(tasks)})")
         raise InputError(f"'task' is the name of a dataset, not {_short(name)}")
     if name not in tasks:
-        raise InputError(f"no task '{name[:80]}'{nearest(name, tasks)} (tasks: {', '.join(tasks)})")
+        raise InputError(f"no task {_short(name)}{nearest(name, tasks)} (tasks: {', '.join(tasks)})")
     fields = tasks[name].fields
     if task is None and "task" in fields:
         raise InputError(
@@ -141,5 +140,8 @@ def _no_number(text: str) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except RecursionError:
+        return "what is nested too deeply"
     return text if len(text) <= 60 else text[:59] + "…"

@@ -45,7 +45,8 @@ def serve_run(folder: str | Path, config: ServingConfig) -> None:
     if token is not None and not token.strip():
         raise InputError(f"{TOKEN} is set but empty; give it a value, or unset it to serve without a token")
     _check_installed()
-    check_address(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        check_address(config)
     if token is None and not _is_loopback(config.host):
         print(
             f"warning: {config.host} can be reached from other machines and no token is asked for: whoever reaches it can use "
@@ -55,11 +56,11 @@ def serve_run(folder: str | Path, config: ServingConfig) -> None:
         )
     token_hash = hashlib.sha256(token.strip().encode()).hexdigest() if token is not None else None
     with ray_session():
+        address = _address(config, token is not None)
         try:
             _deploy(run, config, gradients, token_hash)
-            host = f"[{config.host}]" if ":" in config.host else config.host
             print(
-                f"serving {len(tasks)} datasets on http://{host}:{config.port} "
+                f"serving {len(tasks)} datasets on {address} "
                 f"({'merged adapters' if config.merged else 'ensembles'}, replicas: {config.replicas}); Ctrl-C ends it",
                 flush=True,
             )
@@ -86,10 +87,34 @@ def check_address(config: ServingConfig) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "this is no host"
         raise InputError(
-            f"--host {config.host} --port {config.port}: cannot listen there ({error.strerror}); choose another"
+            f"--host {config.host} --port {config.port}: cannot listen there ({reason}); choose another"
         ) from None
+
+
+def _address(config: ServingConfig, asks_token: bool) -> str:
+    """Where the server will be, in words: a cluster that serves other applications keeps the address that it has.
+
+    Raises:
+        InputError: the cluster serves a run already.
+    """
+    from ray import serve
+
+    status = serve.status()
+    if _NAME in status.applications:
+        raise InputError("this cluster serves a run already, and one at a time; end that server first")
+    if not status.proxies:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        return f"http://{host}:{config.port}"
+    print(
+        "note: this cluster runs Ray Serve already: it keeps its address, and --host and --port change nothing"
+        + ("" if asks_token else f"; whoever reaches it can use the run, unless {TOKEN} is set"),
+        file=sys.stderr,
+        flush=True,
+    )
+    return "the address that Ray Serve has there"
 
 
 def _check_installed() -> None:
@@ -101,7 +126,9 @@ def _check_installed() -> None:
 
 def _deploy(run: str, config: ServingConfig, gradients: GradientsConfig, token_hash: str | None) -> None:
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
+    from ray.serve.exceptions import RayServeException
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     threads = gradients.threads
@@ -126,7 +153,7 @@ def _deploy(run: str, config: ServingConfig, gradients: GradientsConfig, token_h
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
         application: Any = deployment.bind(str(run), config, threads, token_hash)
         serve.run(application, name=_NAME, logging_config={"enable_access_log": False, "log_level": "WARNING"})
-    except RuntimeError as error:
+    except (RuntimeError, RayError, RayServeException) as error:
         prefix = f"{InputError.__module__}.{InputError.__name__}: "
         reasons = [line.partition(prefix)[2] for line in str(error).splitlines() if prefix in line]
         if reasons:
@@ -137,7 +164,9 @@ def _deploy(run: str, config: ServingConfig, gradients: GradientsConfig, token_h
 def _check_alive() -> None:
     from ray import serve
 
-    status = serve.status().applications[_NAME]
+    status = serve.status().applications.get(_NAME)
+    if status is None:
+        raise RunError("the server was taken off the cluster by someone else")
     if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
         raise RunError(f"the server failed: {status.message}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,25 +15,41 @@ import numpy as np
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import sha256_file, whole_file
 from ray_ensemble.storage.store import Store, Stored, store_at
-from ray_ensemble.storage.url import is_url
+from ray_ensemble.storage.url import is_url, without_settings
 from ray_ensemble.storage.working_copy import place_of
 
 _TEXTS = (".json", ".jsonl", ".yaml")
 _INDEX = ".status.json"
 
 
-def run_files(run: str | Path) -> Path:
+def run_files(run: str | Path, stage: str | None = None) -> Path:
     """A run folder to read from: the path itself, or a copy of the whole stages of a run at a URL, without its gradients.
 
     The copy is kept in the cache; files that are there and sound are not brought again.
 
+    Args:
+        run: a run folder, by path or checked URL.
+        stage: one that must be whole there. A run that does an earlier stage anew is refused: its files are not of one piece.
+
     Raises:
-        InputError: no run is there, or an object is missing or damaged, which is named.
+        InputError: no run is there, it is not that far, or a file or object is missing or damaged, which is named.
         RunError: the store does not answer.
     """
-    if not is_url(run):
-        return Path(run)
-    store = store_at(str(run))
+    path = _copied(str(run)) if is_url(run) else Path(run)
+    if stage is not None and not (path / "manifests" / f"{stage}.json").is_file():
+        name = without_settings(str(run))
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{name}: no run folder is there (no config.yaml)")
+        raise InputError(
+            f"{name}: the {stage} stage is not whole (no manifests/{stage}.json): the run has not come this far, or does a part "
+            "of it anew; `ray-ensemble status` tells"
+        )
+    return path
+
+
+def _copied(run: str) -> Path:
+    """The copy of a run at a URL."""
+    store = store_at(run)
     folder = place_of(store.url) / "read"
     manifests = [name for name in store.list("manifests") if name.endswith(".json")]
     if store.about("config.yaml") is None:
@@ -95,6 +113,8 @@ def status_files(run: str | Path) -> Path:
                 _bring_contents(store, name, target)
             except (InputError, FileNotFoundError):
                 return  # deleted since it was listed
+            except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+                return  # a damaged part, which the run will find and do again
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.touch()

@@ -10,7 +10,7 @@ from ray_ensemble.errors import InputError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SETTINGS = ("endpoint_override", "region", "scheme")  # of a query; whatever else there is could be a secret
-_BUCKETS = ("s3", "gs", "gcs", "s3a")
+_USERS = ("abfs", "abfss", "hdfs", "wasb", "wasbs")  # whose addresses have a container or an account's name before '@'
 _UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]")
 _HOW = (
     "credentials come from the environment of the nodes or from a file mounted there (AWS_SHARED_CREDENTIALS_FILE, "
@@ -37,7 +37,7 @@ def checked_url(url: str) -> str:
     scheme = parts.scheme.lower()
     address = parts.netloc.rpartition("@")[2]
     shown = f"{scheme}://{address}{parts.path}"
-    if parts.password is not None or (parts.username is not None and scheme in _BUCKETS):
+    if parts.password is not None or (parts.username is not None and scheme not in _USERS):
         raise InputError(f"{shown}: the URL holds a user or password; {_HOW}")
     query = parse_qsl(parts.query, keep_blank_values=True)
     for key, value in query:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 
+# Some chat templates write today's date, which would change the data's hash overnight. They take it from a variable, or from a
+# function, which a macro of the same name hides; the empty text keeps jinja from eating a line feed that a template begins with.
+DATE = "01 Jan 2025"
+NO_CLOCK = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}{{{{ '' }}}}"
+
 
 def encode_task(task: Task, tokenizer: PreTrainedTokenizerBase, max_tokens: int, chat: bool = False) -> EncodedTask:
     """Tokenise every prompt and label word of a task.
@@ -111,9 +116,12 @@ class _Prompter:
         prompt = render(self.task.prompt, {name: example.fields[name][:cap] for name in self.fields})
         if not self.chat:
             return prompt
-        # Some templates write today's date, which would change the data's hash overnight, unless they are given one.
         text: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, date_string="01 Jan 2025"
+            [{"role": "user", "content": prompt}],
+            chat_template=NO_CLOCK + self.tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=DATE,
         )
         return text
 

@@ -12,7 +12,7 @@ from ray_ensemble.tasks.evals import read_samples
 from ray_ensemble.tasks.folder import find_task_folders, read_folder
 from ray_ensemble.tasks.hub import read_hub
 from ray_ensemble.tasks.sources import resolve_source
-from ray_ensemble.tasks.split import sample
+from ray_ensemble.tasks.split import sample, without_order
 from ray_ensemble.tasks.task import SPLITS, Split, Task
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -23,7 +23,8 @@ def load_tasks(tasks: Sequence[TaskConfig], limits: LimitsConfig, base_dir: Path
     """Read the tasks in their order; a folder of task folders gives several, sorted by folder name.
 
     Where a split has more examples than its limit, a random sample with seed 0 is taken, in the split's own order (a
-    file may be sorted by label); a smaller limit keeps part of what a larger one keeps.
+    file may be sorted by label); a smaller limit keeps part of what a larger one keeps. Training and validation splits that are
+    sorted by label, or alternate between labels, are then shuffled (`without_order`).
 
     Args:
         tasks: the job's `tasks`.
@@ -82,4 +83,5 @@ def _limited(task: Task, limits: LimitsConfig, source: str) -> Task:
             what = "is empty" if found == 0 else f"has {found} example"
             cut = f" after limits.{split}" if len(task[split]) >= least else ""
             raise InputError(f"task '{task.name}' ({source}): its {split} split {what}{cut}; at least {least} needed")
+    splits |= {split: without_order(splits[split]) for split in ("train", "validation")}
     return Task(task.name, task.prompt, task.labels, splits)

@@ -20,6 +20,7 @@ from ray_ensemble.runtime import (
     cluster_cpus,
     cluster_gpus,
     may_grow,
+    node_resources,
     release_orphaned_groups,
     shortfall,
     watches_preemption,
@@ -131,7 +132,9 @@ def _run_all(
         at_once = side_by_side(workers, held)
     else:
         workers = [training.workers_of(job.steps, longest) for job in wanted.values()]
-        at_once = _fitting(_demand(training, min(workers))) if training.concurrency == "auto" else training.concurrency
+        fitting = side_by_side(workers, _fitting(_demand(training, 1)))
+        wanted_at_once = fitting if training.concurrency == "auto" else training.concurrency
+        at_once = wanted_at_once if may_grow() else min(wanted_at_once, fitting)
     demands = {key: _demand(training, count) for key, count in zip(wanted, workers, strict=True)}
     ordered = [
         _named({keys[i]: wanted[keys[i]] for i in pack})
@@ -209,9 +212,22 @@ def _demand(training: TrainingConfig, workers: int) -> _Demand:
 
 
 def _fitting(demand: _Demand) -> int:
-    """How many such jobs the cluster holds at once; one at least, which a cluster that grows may get room for."""
-    cpus = cluster_cpus() / (demand.workers * demand.cpus)
-    return max(1, int(min(cpus, cluster_gpus() / (demand.workers * demand.gpus)) if demand.gpus else cpus))
+    """How many such jobs the cluster holds at once; one at least, which a cluster that grows may get room for.
+
+    A worker is on one node, and a share of a GPU on one GPU.
+    """
+    places = sum(_places(node.get("CPU", 0.0), node.get("GPU", 0.0), demand) for node in node_resources())
+    return max(1, places // demand.workers)
+
+
+def _places(cpus: float, gpus: float, demand: _Demand) -> int:
+    """Workers of such a job that a node with so many CPUs and GPUs holds."""
+    slack = 1e-9  # tenths are no binary fractions
+    fitting = int(cpus / demand.cpus + slack)
+    if not demand.gpus:
+        return fitting
+    on_gpus = int(gpus / demand.gpus + slack) if demand.gpus >= 1 else int(gpus) * int(1 / demand.gpus + slack)
+    return min(fitting, on_gpus)
 
 
 @dataclass(frozen=True)

@@ -189,12 +189,20 @@ class Learner:
         """Take note of the losses of `validation`'s rows: keep the adapter if it is the best so far, stop if patience is out.
 
         Returns:
-            The validation loss in nats: the mean over tasks of the mean over their examples.
+            The validation loss in nats: the mean over tasks of the mean over their examples. Where it is no finite number the
+            state tells that the learner has failed.
         """
         stop = self.config.early_stop
         assert stop is not None
         loss = sum(loss * row.weight for loss, row in zip(losses, self.validation, strict=True))
         state = replace(self.state, validation_tokens=self.state.validation_tokens + tokens)
+        if not math.isfinite(loss):
+            why = (
+                f"the validation loss is {loss} after step {state.step - 1}; lower training.learning_rate "
+                f"(now {self.config.learning_rate:g})"
+            )
+            self.state = replace(state, failed=why)
+            return loss
         if loss < (math.inf if state.best_loss is None else state.best_loss):
             self.best = self.optimiser.values()
             self.state = replace(state, best_step=state.step, best_loss=loss, waited=0)

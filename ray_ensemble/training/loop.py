@@ -173,7 +173,9 @@ class Loop:
             except RunError:
                 continue  # the learner's state tells; the others go on
             if learner.wants_validation:
-                line["validation_loss"] = learner.validated(*self._evaluate(learner.validation, line["step"]))
+                loss = learner.validated(*self._evaluate(learner.validation, line["step"]))
+                if not learner.state.failed:
+                    line["validation_loss"] = loss
             logged.append((learner, line))
         for learner, line in logged:
             line["seconds"] = time.perf_counter() - started

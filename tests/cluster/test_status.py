@@ -13,6 +13,7 @@ import pytest
 
 from ray_ensemble import Job
 from ray_ensemble.cli import main
+from ray_ensemble.config import dump_config, load_config
 from ray_ensemble.errors import InputError
 from ray_ensemble.files import write_json
 from ray_ensemble.run_folder import LEASE_SECONDS, STAGES
@@ -48,6 +49,27 @@ def test_a_damaged_manifest_is_named(run):
     (run / "manifests" / "tasks.json").write_text('{"files": ')
     with pytest.raises(InputError, match=r"manifests/tasks\.json"):
         run_status(run)
+
+
+@pytest.mark.parametrize(("name", "text"), [("manifests/tasks.json", "{}"), ("tasks.json", "[]"), ("tasks.json", "{}")])
+def test_a_file_of_another_shape_is_named(run, name, text):
+    (run / name).write_text(text)
+    with pytest.raises(InputError, match=rf"{name}: this .* is damaged"):
+        run_status(run)
+
+
+@pytest.mark.parametrize("scales", [[1.0], [0.5, 1.0]])
+def test_trials_of_a_search_at_several_scales_are_all_counted(run, scales):
+    config = load_config(run / "config.yaml")
+    search = config.search.model_copy(update={"regularization_scales": scales, "trials": 4})
+    (run / "config.yaml").write_text(dump_config(config.model_copy(update={"search": search})))
+    for scale in scales:
+        for trial in range(3):
+            folder = run / "search" / ("" if len(scales) == 1 else f"scale-{scale:g}") / "tune" / f"trial-{trial}"
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text("{}\n")
+    found = run_status(run)["search"]
+    assert (found["done"], found["total"]) == (3 * len(scales), 4 * len(scales))
 
 
 def test_a_run_that_nobody_owns_waits_to_be_started(run):

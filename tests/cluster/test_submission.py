@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_task
 
+from ray_ensemble import submission as submission_module
 from ray_ensemble import submit
 from ray_ensemble.cli import main
-from ray_ensemble.errors import InputError
+from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.job_metadata import submission_metadata, without_secrets
 from ray_ensemble.job_package import pack_job
-from ray_ensemble.submission import LogReader, entrypoint, runtime_env
+from ray_ensemble.submission import LogReader, Submission, entrypoint, runtime_env
 from ray_ensemble.version import __version__
 
 SECRETS = {
@@ -169,3 +172,45 @@ def test_metadata_name_the_run_its_base_and_its_tasks(tmp_path):
 )
 def test_urls_are_shown_without_what_may_be_a_key(source, shown):
     assert without_secrets(source) == shown
+
+
+class Flaky:
+    """A job server whose log is cut off: what each request for it gives, and the clock's time then."""
+
+    def __init__(self, events, clock):
+        self.events, self.clock = list(events), clock
+
+    async def tail_job_logs(self, _):
+        wait, what = self.events.pop(0)
+        self.clock[0] += wait
+        if isinstance(what, Exception):
+            raise what
+        yield what
+
+    def get_job_info(self, _):
+        return SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: not self.events))
+
+
+@pytest.mark.parametrize(
+    ("events", "ends"),
+    [
+        ([(0, "a\n"), (3600, RuntimeError("closed")), (1, "a\nb\n")], True),  # after an hour without a word
+        ([(0, "a\n"), (0, RuntimeError("closed")), (59, RuntimeError("refused")), (0, "a\nb\n")], True),
+        ([(0, RuntimeError("closed")), (61, RuntimeError("refused")), (0, "a\nb\n")], False),
+    ],
+)
+def test_following_ends_after_a_minute_without_an_answer_and_not_before(events, ends, monkeypatch):
+    clock, written = [0.0], []
+
+    async def no_pause(_):
+        return None
+
+    monkeypatch.setattr(submission_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(submission_module.asyncio, "sleep", no_pause)
+    following = Submission("http://127.0.0.1:1", "a")._tail(Flaky(events, clock), written.append)
+    if not ends:
+        with pytest.raises(RunError, match="is silent"):
+            asyncio.run(following)
+        return
+    asyncio.run(following)
+    assert "".join(written) == "a\nb\n"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from run_by_hand import BOOSTING, write_run
+from tokenizers.processors import TemplateProcessing
 
 from ray_ensemble.cli import main
 from ray_ensemble.ensemble import Predictor
@@ -46,9 +48,8 @@ def finished(run: Path) -> Path:
     models = dict.fromkeys(("base", "qlora_all", "group", "ensemble", "merged"), metric)
     metrics = {"tasks": dict.fromkeys(names, models), "mean": models, "flops": {"ratio": 1.25}}
     write_json(run / "metrics.json", metrics)
-    (run / "manifests").mkdir()
+    write_json(run / "manifests" / "evaluate.json", {"stage": "evaluate", "files": {}})
     write_json(run / "manifests" / "train.json", {"steps": dict.fromkeys(ensemble["adapters"], 16)})
-    write_json(run / "manifests" / "ensemble.json", {})
     return run
 
 
@@ -92,6 +93,54 @@ def test_predict_py_answers_as_the_run_does(exported, run, tiny_model, task):
     for merged in (False, True):
         ours = Predictor(run, [task], merged=merged).predict([(task, TEXT)])[0]["probabilities"]
         assert program.predict(task, TEXT, merged) == pytest.approx(ours, abs=2e-5)
+
+
+@pytest.mark.parametrize("words", [10, 2000])
+def test_predict_py_cuts_prompts_as_the_run_does(exported, run, tiny_model, words):
+    fields = {"text": " ".join(["a lovely film and"] * words)}
+    ours = Predictor(run, ["films"]).predict([("films", fields)])[0]["probabilities"]
+    program = runpy.run_path(str(exported / "predict.py"))["Exported"](exported, str(tiny_model))
+    assert program.predict("films", fields) == pytest.approx(ours, abs=2e-5)
+
+
+def test_predict_py_leaves_out_an_end_that_the_tokenizer_appends(exported, tiny_model):
+    program = runpy.run_path(str(exported / "predict.py"))["Exported"](exported, str(tiny_model))
+    bare = program._encoded("{text}", {"text": "a film"}, 99)
+    program.tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A END", special_tokens=[("END", 5)])
+    assert program.tokenizer("a film")["input_ids"] == [*bare, 5]
+    program._end = program._appended()
+    assert program._encoded("{text}", {"text": "a film"}, 99) == bare
+
+
+def test_figures_of_another_ensemble_are_left_out(run, tmp_path):
+    """The ensemble was made anew and not evaluated: metrics.json is that of before."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "manifests" / "evaluate.json").unlink()
+    card = (export_run(copy, tmp_path / "folder") / "README.md").read_text()
+    assert "87.5%" not in card
+    assert "not evaluated" in card
+
+
+@pytest.mark.parametrize(
+    "source", ["s3://acme/models/llama?endpoint_override=http://minio.acme:9000", "file:///home/me/llama"]
+)
+def test_a_base_at_a_url_is_named_by_its_last_part(run, tmp_path, source):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["model"]["source"] = source
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    folder = export_run(copy, tmp_path / "folder")
+    assert "base_model" not in yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert not re.search(r"acme|minio|/home/me", path.read_text()), path
+    assert json.loads((folder / "tasks.json").read_text())["base"]["source"] == "llama"
+
+
+def test_an_output_below_a_file_is_refused(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["export", str(run), "--output", str(tmp_path / "file" / "sub")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
 
 
 def test_a_warm_start_goes_with_the_ensembles_that_weigh_it(tiny_model, task_folder, tmp_path):

@@ -16,6 +16,7 @@ from ray_ensemble.ensemble.scoring import ScoreRequest, ScoringReplica
 from ray_ensemble.errors import InputError
 from ray_ensemble.gradients import ReplicaSpec
 from ray_ensemble.models import MixedAdapters, load_base, load_tokenizer
+from ray_ensemble.serving.requests import tasks_of
 from ray_ensemble.tasks import EncodedTask, Example, Task, encode_task
 
 
@@ -135,8 +136,17 @@ def test_what_the_run_lacks_is_told(plain_run, tmp_path):
         Predictor(plain_run, ["films", "nothing"])
     copy = Path(shutil.copytree(plain_run, tmp_path / "copy"))
     (copy / "ensemble.json").unlink()
-    with pytest.raises(InputError, match="has the run come this far"):
+    with pytest.raises(InputError, match=r"ensemble.json: this ensemble is missing"):
         Predictor(copy)
+
+
+def test_a_run_that_does_its_ensemble_anew_is_refused(plain_run, tmp_path):
+    """The weights that are still there belong to the adapters of before; the stage's manifest goes first."""
+    copy = Path(shutil.copytree(plain_run, tmp_path / "copy"))
+    (copy / "manifests" / "ensemble.json").unlink()
+    for ask in (Predictor, tasks_of):
+        with pytest.raises(InputError, match=r"the ensemble stage is not whole .* or does a part of it anew"):
+            ask(copy)
 
 
 def test_adapters_of_another_base_are_refused(tiny_model, plain_run):

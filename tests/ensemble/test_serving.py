@@ -148,6 +148,7 @@ MALFORMED = [
     (b"{}", 422, "no 'task'"),
     (b'{"task": 3, "text": "x"}', 422, "name of a dataset"),
     (b'{"task": "filmes", "text": "x"}', 422, "did you mean 'films'?"),
+    (b'{"task": "\\ud800", "text": "x"}', 422, 'no task "\\ud800"'),
     (b'{"task": "films"}', 422, "no field 'text'"),
     (b'{"task": "films", "txet": "x"}', 422, "no field 'text'"),
     (b'{"task": "films", "text": null}', 422, "neither text nor a number"),
@@ -167,6 +168,16 @@ def test_malformed_requests_are_told_why(served, body, status, reason):
         assert found == status, answer
         assert list(answer) == ["error"]
         assert reason in answer["error"]
+
+
+def test_a_value_too_deep_to_be_shown_is_refused_like_others(run):
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(InputError, match="neither text nor a number, but what is nested too deeply"):
+        check_row({"task": "films", "text": value}, tasks_of(run))
+    while value:  # else it is taken down recursively
+        value = value[0]
 
 
 def test_other_paths_and_methods(served):

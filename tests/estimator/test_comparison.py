@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import rankdata
@@ -79,3 +81,13 @@ def test_noise_of_seeds_is_the_ceiling():
 def test_nothing_to_compare_is_refused():
     with pytest.raises(ValueError, match="nothing was really fine-tuned"):
         compare([])
+
+
+def test_an_accuracy_that_is_never_above_zero_has_no_relative_error():
+    nothing = [
+        Point(p.subset, p.task, p.estimated, tuple(Estimate(e.loss, 0.0) for e in p.true), p.base) for p in made(0.1)
+    ]
+    found = compare(nothing)
+    assert found["accuracy_error"] is None
+    assert found["seed_to_seed"]["accuracy_error"] is None
+    json.dumps(found, allow_nan=False)

@@ -86,6 +86,19 @@ def test_two_sided_inner_products_are_right_on_average():
     assert abs(float(torch.tensor(found).mean()) - exact) < 4 * float(spread)
 
 
+@pytest.mark.parametrize("dim", [64, 256])
+def test_parameters_are_not_added_up_as_one_under_the_two_sided_map(dim):
+    """Of opposite gradients in two parameters, also where both sides are kept whole (64·4 elements, d = 256)."""
+    g = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
+    norms = []
+    for seed in range(60):
+        projection = Projection(dim, seed, "cpu", "kronecker")
+        phi = projection.apply("a", g) - projection.apply("b", g)
+        norms.append(float(phi.square().sum() / (2 * g.square().sum())))
+    assert torch.tensor(norms).mean() == pytest.approx(1.0, abs=0.25)
+    assert min(norms) > 0.1
+
+
 @pytest.mark.gpu
 def test_signs_are_the_same_on_a_gpu():
     here = Projection(400, 3).signs("a", 0, 1000)

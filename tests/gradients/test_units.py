@@ -11,7 +11,8 @@ from tiny import write_task
 
 from ray_ensemble.config import AdapterConfig, GradientsConfig, LimitsConfig, TaskConfig
 from ray_ensemble.gradients.replicas import GradientReplica, within_memory
-from ray_ensemble.gradients.units import GradientUnit, ReplicaSpec, SplitPlan
+from ray_ensemble.gradients.store import damage
+from ray_ensemble.gradients.units import GradientUnit, ReplicaSpec, SplitPlan, part_is_whole
 from ray_ensemble.models import draw_initial_adapter, load_base, load_tokenizer
 from ray_ensemble.tasks import EncodedTask, encode_task, load_tasks
 
@@ -105,3 +106,21 @@ def test_other_errors_and_single_examples_that_do_not_fit_are_not_tried_again(ta
     with pytest.raises(RuntimeError, match="shapes"):
         within_memory(unit_of(tasks["films"]), wrong)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "text"])
+def test_a_damaged_part_is_told_and_made_again(tmp_path, harm, capsys):
+    part = tmp_path / "films-train-abc-0.npz"
+    np.savez(part, features=np.arange(4000, dtype=np.float32))
+    assert part_is_whole(part)
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes({"cut": data[: len(data) // 2], "flipped": data, "empty": b"", "text": b"no archive"}[harm])
+    assert not part_is_whole(part)
+    assert "recomputing films-train-abc-0.npz: damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"files": {}}', '{"files": 3}'])
+def test_a_split_that_lists_no_files_is_damaged(tmp_path, text):
+    (tmp_path / "info.json").write_text(text)
+    assert "lists no files" in (damage(tmp_path, {}) or "")

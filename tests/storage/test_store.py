@@ -207,6 +207,7 @@ def _pass_on(source: socket.socket, target: socket.socket) -> None:
         "s3://AKIAPLANTED:planted@bucket/run",
         "s3://AKIAPLANTED@bucket/run",
         "sftp://me:planted@host/run",
+        "https://ghp_planted@host/run",
         "s3://bucket/run?access_key=planted",
         "s3://bucket/run?secret_key=planted&region=eu-west-1",
         "s3://bucket/run?X-Amz-Signature=planted",
@@ -218,6 +219,11 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url):
     with pytest.raises(InputError, match="credentials come from the environment") as caught:
         checked_url(url)
     assert "planted" not in str(caught.value).lower()
+
+
+@pytest.mark.parametrize("url", ["abfs://container@account.dfs.core.windows.net/run", "hdfs://me@host:8020/run"])
+def test_a_name_that_is_part_of_an_address_is_none(url):
+    assert checked_url(url) == url
 
 
 @pytest.mark.parametrize(

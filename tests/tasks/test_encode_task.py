@@ -135,6 +135,21 @@ def test_chat_prompts_end_where_the_answer_begins() -> None:
         encode_task(task_of("x"), byte_tokenizer(), 40, chat=True)
 
 
+@pytest.mark.parametrize("clock", ["strftime_now('%d %B %Y')", "strftime_now(format='%d')", "date_string"])
+def test_chat_prompts_do_not_change_overnight(clock: str) -> None:
+    """Templates get the date from a variable, or from a function that transformers gives them; neither is asked."""
+    encoded = [
+        encode_task(
+            task_of("a film"), byte_tokenizer("<s> $A", f"{start}{{{{ {clock} }}}}{CHAT_TEMPLATE}"), 90, chat=True
+        )
+        for start in ("", "\n")
+    ]
+    tokenizer = byte_tokenizer("<s> $A", CHAT_TEMPLATE)
+    for found, start in zip(encoded, ("", "\n"), strict=True):
+        text = tokenizer.decode(list(found["train"][0].prompt_ids))
+        assert text == f"{start}01 Jan 2025<s><|user|>Review: a film\nSentiment:<|assistant|>"
+
+
 def test_the_hash_changes_with_what_the_model_sees(tokenizer: PreTrainedTokenizerFast) -> None:
     task = task_of("a", "b")
 

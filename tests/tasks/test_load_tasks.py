@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from task_data import MakeWheel, write_jsonl, write_task
 
@@ -33,10 +34,10 @@ def test_every_kind_of_source_in_the_jobs_order(tmp_path: Path, make_wheel: Make
 
 def test_limits_sample_each_split_in_its_order_even_if_sorted_by_label(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": int(i >= 200)} for i in range(400)]
-    write_task(tmp_path / "sorted", train=rows)
+    write_task(tmp_path / "sorted", train=rows, test=rows)
     (task,) = load(tmp_path, "sorted", train=40, validation=2, test=100)
-    assert [len(task[split]) for split in SPLITS] == [40, 2, 4]
-    places = [int(example.fields["text"][1:]) for example in task["train"]]
+    assert [len(task[split]) for split in SPLITS] == [40, 2, 100]
+    places = [int(example.fields["text"][1:]) for example in task["test"]]
     assert places == sorted(places)
     assert 8 <= sum(example.label for example in task["train"]) <= 32
     assert load(tmp_path, "sorted", train=40, validation=2, test=100) == [task]
@@ -89,3 +90,34 @@ def test_unknown_kinds_of_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "films").mkdir()
     with pytest.raises(InputError, match=r"film: no such file or folder; did you mean 'films'\?"):
         load(tmp_path, "film")
+
+
+ORDERS = {
+    "sorted": lambda i, count: int(i >= count // 2),
+    "alternating": lambda i, count: i % 2,
+    "sorted in part": lambda i, count: i % 2 if i >= count // 2 else 0,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_that_tells_labels_is_not_kept(tmp_path: Path, order: str) -> None:
+    """The first of a split, and every other one, then have both labels; nothing is lost, and it is the same each time."""
+    rows = [{"text": f"t{i}", "label": ORDERS[order](i, 80)} for i in range(80)]
+    write_task(tmp_path / "told", train=rows, validation=rows)
+    (task,) = load(tmp_path, "told")
+    for split in ("train", "validation"):
+        examples = task[split]
+        assert sorted(e.fields["text"] for e in examples) == sorted(row["text"] for row in rows)
+        ones = sum(row["label"] for row in rows) / 80
+        for part in (examples[:40], examples[40:], examples[::2], examples[1::2]):
+            assert abs(sum(e.label for e in part) / 40 - ones) < 0.25
+    assert load(tmp_path, "told") == [task]
+
+
+def test_an_order_of_chance_is_kept(tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 2, 80).tolist()
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    write_task(tmp_path / "shuffled", train=rows, validation=rows)
+    (task,) = load(tmp_path, "shuffled")
+    for split in ("train", "validation"):
+        assert [e.fields["text"] for e in task[split]] == [row["text"] for row in rows]

@@ -12,7 +12,7 @@ import torch
 from test_loop import CPU, fresh, train, without_seconds
 
 from ray_ensemble.config import EarlyStopConfig, LimitsConfig, TaskConfig, TrainingConfig
-from ray_ensemble.errors import InputError
+from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.estimator.features import validation_halves
 from ray_ensemble.models import (
     LabelTree,
@@ -122,6 +122,14 @@ def test_the_last_step_is_looked_at_too(tiny_model, initial, tasks):
     assert ["validation_loss" in row for row in rows] == [False, False, False, True]
     assert state.best_step == 4
     assert math.isfinite(rows[-1]["validation_loss"])
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_validation_loss_that_is_no_number_fails_with_a_reason(tiny_model, initial, tasks, every):
+    """It is met where the training loss of the step before was a number still."""
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "early_stop": EarlyStopConfig(every=every)})
+    with pytest.raises(RunError, match=r"lower training.learning_rate \(now 1e\+30\)"):
+        train(tiny_model, initial, tasks, config, steps=6)
 
 
 def test_a_task_without_validation_examples_is_named(tiny_model, initial, tasks):

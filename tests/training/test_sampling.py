@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.estimator import TaskFeatures
-from ray_ensemble.estimator.budget import sampler_weights, stack_group
+from ray_ensemble.estimator.budget import group_regularization, sampler_weights, stack_group
 from ray_ensemble.estimator.estimator import Estimator
 from ray_ensemble.estimator.models import sampler_shares
 from ray_ensemble.training import draw, sample_batch
@@ -92,6 +93,24 @@ def test_the_estimate_weighs_examples_as_the_sampler_draws_them(sampling, member
     assert np.array_equal(stack_group(made, members, sampling)[2], weights)
     shares = sampler_shares(made, members, sampling)
     assert np.allclose(shares, [part.sum() for part in np.split(drawn / drawn.sum(), np.cumsum(group)[:-1])])
+
+
+@pytest.mark.parametrize("sampling", ["examples", "tasks"])
+def test_gradients_of_a_part_stand_for_all_that_is_trained_on(sampling):
+    """With `gradients.max_examples` the fit still weighs tasks, and takes steps, as the training on all examples does."""
+    part = [replace(made, trained=trained) for made, trained in zip(features([5, 3, 5]), (20, 3, 40), strict=True)]
+    whole = features([20, 3, 40])
+    for members in [(0,), (0, 1), (2, 0, 1)]:
+        shares = sampler_shares(whole, members, sampling)
+        np.testing.assert_allclose(sampler_shares(part, members, sampling), shares)
+        weights = sampler_weights(part, members, sampling)
+        assert weights.sum() == pytest.approx(1.0)
+        expected = np.concatenate(
+            [np.full(part[m].examples, s / part[m].examples) for m, s in zip(members, shares, strict=True)]
+        )
+        np.testing.assert_allclose(weights, expected)
+        training = TrainingConfig(epochs=3, min_steps=0)
+        assert group_regularization(1.0, training, part, members) == group_regularization(1.0, training, whole, members)
 
 
 def test_the_estimator_follows_the_choice():
