@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 from ray import cloudpickle
 
 from ray_ensemble.config import GradientsConfig, Range
@@ -78,6 +79,24 @@ def test_unit_of_a_dead_actor_is_given_out_again_and_nothing_is_done_twice(ray_c
     results = run(tmp_path, units, PoolSize(2, 2))
     assert results == {name: unit.upper() for name, unit in units.items()}
     assert Counter(line.partition(" ")[2] for line in lines(tmp_path)) == Counter(units.values())
+
+
+def test_a_result_that_went_with_its_node_is_made_again(ray_cluster, tmp_path, monkeypatch):
+    """Large results lie in the object store of the actor's node until the driver asks for them."""
+    get, lost = ray.get, []
+
+    def get_but_one(reference, *args, **kwargs):
+        found = get(reference, *args, **kwargs)
+        if isinstance(found, str) and not lost:
+            lost.append(found)
+            raise ray.exceptions.ObjectLostError(reference.hex(), None, "")
+        return found
+
+    monkeypatch.setattr(ray, "get", get_but_one)
+    units = {f"u{i}": f"plain {i}" for i in range(7)}
+    assert run(tmp_path, units, PoolSize(2, 2)) == {name: unit.upper() for name, unit in units.items()}
+    done = Counter(line.partition(" ")[2].upper() for line in lines(tmp_path))
+    assert done[lost[0]] == 2
 
 
 def test_unit_that_always_kills_its_actor_is_named(ray_cluster, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from tiny import OPTIONS, write_job, write_task
 
 from ray_ensemble import Job
+from ray_ensemble.adapter_stages import ensemble
 from ray_ensemble.cli import main
 from ray_ensemble.config import load_config
 from ray_ensemble.ensemble import Predictor
@@ -199,6 +200,20 @@ def test_merged_adapters_are_told_of_and_measured(run):
             assert found["difference"] == pytest.approx(wanted, abs=1e-12)
     assert "merged − ensemble: loss" in (run / "report.html").read_text()
     assert not (run / "merging").exists()
+
+
+def test_the_scores_of_an_only_adapter_have_scales_too(run_copy):
+    """With one group there is nothing to weigh, but how sure to be is still learned on held-out examples."""
+    partition = read(run_copy, "partition")
+    everything = [task for group in partition["groups"] for task in group]
+    (run_copy / "partition.json").write_text(json.dumps({**partition, "groups": [everything], "m": 1}))
+    with ExitStack() as stack:
+        ensemble(Stages(RunFolder(run_copy, load_config(run_copy / "config.yaml")), stack))
+    told = read(run_copy, "ensemble")
+    assert told["weights"] == {task: [1.0] for task in everything}
+    assert all(scale > 0 for scale in told["scales"].values())
+    assert set(told["scales"].values()) != {1.0}
+    assert told["held_out"].keys() == set(everything)
 
 
 def test_merged_adapters_predict_as_nearly_like_the_ensemble_as_they_say(run_copy, task_folder):
