@@ -14,7 +14,9 @@ import pytest
 from run_by_hand import write_run
 
 from ray_ensemble.cli import main
+from ray_ensemble.config import ServingConfig
 from ray_ensemble.ensemble import Predictor
+from ray_ensemble.errors import InputError
 
 pytest.importorskip("starlette")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -118,3 +120,25 @@ def test_actors_that_cannot_start_leave_no_output(run, rows, ray_cluster, tmp_pa
     assert main(["predict", str(broken), "--input", str(source), "--output", str(target)]) in (1, 2)
     assert "group-1" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if "answers" in path.name] == []
+
+
+def test_a_cluster_that_serves_already_keeps_its_address_and_serves_one_run(ray_cluster, capsys):
+    from ray import serve
+
+    from ray_ensemble.serving import server
+
+    class Other:
+        async def __call__(self, _: object) -> str:
+            return "other"
+
+    config = ServingConfig(port=8123)
+    assert server._address(config, asks_token=True) == "http://127.0.0.1:8123"
+    try:
+        serve.run(serve.deployment(Other).bind(), name="other", route_prefix="/other")
+        assert "8123" not in server._address(config, asks_token=False)
+        assert "whoever reaches it can use the run" in capsys.readouterr().err
+        serve.run(serve.deployment(Other).bind(), name="ray-ensemble", route_prefix="/")
+        with pytest.raises(InputError, match="serves a run already"):
+            server._address(config, asks_token=True)
+    finally:
+        serve.shutdown()
