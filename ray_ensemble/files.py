@@ -80,6 +80,14 @@ def read_json(path: Path, what: str = "file") -> Any:
         raise InputError(f"{path}: this {what} cannot be read as JSON ({error})") from None
 
 
+def read_mapping(path: Path, what: str, key: str, kind: type) -> dict[str, Any]:
+    """Read JSON that is an object with a `key` of some kind; another is an `InputError` that names the file."""
+    data = read_json(path, what)
+    if not isinstance(data, dict) or not isinstance(data.get(key), kind):
+        raise InputError(f"{path}: there is no '{key}' in this {what}")
+    return data
+
+
 def write_array(path: Path, array: NDArray[Any]) -> None:
     """Write one array as `.npy` (never pickled), whole or not at all."""
     with whole_file(path) as temporary, temporary.open("wb") as stream:
@@ -90,6 +98,13 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_harm(path: Path, digest: str) -> str | None:
+    """What is wrong with a file that has a recorded SHA-256, or None."""
+    if not path.is_file():
+        return "missing"
+    return None if sha256_file(path) == digest else "damaged (its SHA-256 is not the recorded one)"
 
 
 def sha256_json(data: Any) -> str:

@@ -188,10 +188,8 @@ class _Pool(Generic[Unit]):
             if isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
             raise RunError(f"{name}: {type(error.cause).__name__}: {error.cause}") from error
-        except (
-            ray.exceptions.RayActorError,
-            ray.exceptions.ObjectLostError,
-        ) as error:  # an object may go with its node
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+            # A result may go with the node of the actor that made it.
             self._bury(member, name, unit, error)
             return
         if unit is None:

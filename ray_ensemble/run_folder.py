@@ -11,7 +11,7 @@ from typing import Any
 
 from ray_ensemble.config import JobConfig, dump_config, flatten, load_config
 from ray_ensemble.errors import InputError
-from ray_ensemble.files import read_json, sha256_file, write_json, write_text
+from ray_ensemble.files import file_harm, read_json, sha256_file, write_json, write_text
 from ray_ensemble.storage import (
     LOCAL_SETTLE_SECONDS,
     MARKER,
@@ -112,9 +112,9 @@ class RunFolder:
             return False
         for name, digest in read_json(manifest, "manifest")["files"].items():
             file = self.path / name
-            reason = _harm(file, digest)
+            reason = file_harm(file, digest)
             if reason is not None and self._copy is not None and self._copy.refetch(name):
-                reason = _harm(file, digest)
+                reason = file_harm(file, digest)
             if reason is not None:
                 print(f"{self.name}/{name}: {reason}; the {stage} stage runs again", flush=True)
                 return False
@@ -213,13 +213,6 @@ def _check_writable(path: Path, name: str) -> None:
 def is_free(key: str) -> bool:
     """Whether a key of the job, as `flatten` gives it, says how fast a result comes and not what it is."""
     return any(f"{key}.".startswith(f"{free}.") for free in _FREE)
-
-
-def _harm(file: Path, digest: str) -> str | None:
-    """What is wrong with a file that has a recorded hash, or None."""
-    if not file.is_file():
-        return "missing"
-    return None if sha256_file(file) == digest else "damaged (its SHA-256 is not the recorded one)"
 
 
 def _stage_of(key: str, config: JobConfig) -> str:

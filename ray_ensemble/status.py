@@ -22,7 +22,7 @@ import numpy as np
 
 from ray_ensemble.config import JobConfig, load_config
 from ray_ensemble.errors import InputError
-from ray_ensemble.files import read_json
+from ray_ensemble.files import read_json, read_mapping
 from ray_ensemble.run_folder import LEASE_SECONDS, STAGES
 from ray_ensemble.storage import is_url, run_place, status_files, without_settings
 
@@ -53,7 +53,7 @@ def run_status(folder: str | Path) -> dict[str, Any]:
     owner = _owner(path)
     alive = owner is not None and owner["alive"]
     failures = path / "failures.json"
-    failed = _mapping(failures, "record of failures", "failed")["failed"] if failures.is_file() else {}
+    failed = read_mapping(failures, "record of failures", "failed", dict)["failed"] if failures.is_file() else {}
     found: dict[str, Any] = {
         "folder": without_settings(str(folder)) if is_url(folder) else str(path.resolve()),
         "state": _state(current, alive, failed),
@@ -63,7 +63,9 @@ def run_status(folder: str | Path) -> dict[str, Any]:
         "failed": failed,
     }
     if stages["tasks"]["whole"]:
-        tasks = {task["name"]: task for task in _mapping(path / "tasks.json", "list of tasks", "tasks")["tasks"]}
+        tasks = {
+            task["name"]: task for task in read_mapping(path / "tasks.json", "list of tasks", "tasks", list)["tasks"]
+        }
         found["gradients"] = _gradients(path, config, tasks)
         found["search"] = _search(path, config, stages["search"]["whole"])
         if stages["search"]["whole"]:
@@ -116,17 +118,9 @@ def _stage(path: Path, stage: str) -> dict[str, Any]:
     manifest = path / "manifests" / f"{stage}.json"
     if not manifest.is_file():
         return {"whole": False, "seconds": None, "missing": []}
-    facts = _mapping(manifest, "manifest", "files")
+    facts = read_mapping(manifest, "manifest", "files", dict)
     missing = [name for name in facts["files"] if not (path / name).is_file()]
     return {"whole": not missing, "seconds": facts.get("seconds"), "missing": missing}
-
-
-def _mapping(file: Path, what: str, key: str) -> dict[str, Any]:
-    """What a JSON file holds, which has to be a mapping with `key`."""
-    found = read_json(file, what)
-    if not isinstance(found, dict) or not isinstance(found.get(key), dict | list):
-        raise InputError(f"{file}: this {what} is damaged: there is no '{key}' in it")
-    return found
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
@@ -231,7 +225,7 @@ def _search(path: Path, config: JobConfig, whole: bool) -> dict[str, Any]:
 
 def _training(path: Path, config: JobConfig, tasks: dict[str, Any]) -> dict[str, Any]:
     """Steps of all adapters: those that are done by name, those in training by the key that their logs have."""
-    groups = _mapping(path / "partition.json", "partition", "groups")["groups"]
+    groups = read_mapping(path / "partition.json", "partition", "groups", list)["groups"]
     members = {f"group-{g}": list(group) for g, group in enumerate(groups)}
     steps = {
         name: config.training.steps(sum(tasks[task]["train"] for task in group)) for name, group in members.items()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ray_ensemble.errors import InputError, nearest
-from ray_ensemble.files import read_json, sha256_file, whole_folder, write_array, write_json
+from ray_ensemble.files import file_harm, read_json, sha256_file, whole_folder, write_array, write_json
 
 Array = NDArray[np.float32]
 
@@ -103,13 +103,8 @@ def damage(folder: Path, info: Mapping[str, Any]) -> str | None:
     for key, value in info.items():
         if found.get(key) != value:
             return f"{folder}: made with {key} = {found.get(key)}, not {value}"
-    return next((reason for name, digest in found["files"].items() if (reason := _harm(folder / name, digest))), None)
-
-
-def _harm(file: Path, digest: str) -> str | None:
-    if not file.is_file():
-        return f"{file}: missing"
-    return None if sha256_file(file) == digest else f"{file}: damaged (its SHA-256 is not the recorded one)"
+    harms = ((folder / name, file_harm(folder / name, digest)) for name, digest in found["files"].items())
+    return next((f"{file}: {harm}" for file, harm in harms if harm), None)
 
 
 def read_split(folder: Path, expected: Mapping[str, Any]) -> StoredGradients:

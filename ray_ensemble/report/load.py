@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ray_ensemble.config import JobConfig, load_config
 from ray_ensemble.errors import InputError
-from ray_ensemble.files import read_json
+from ray_ensemble.files import read_json, read_mapping
 
 Data = dict[str, Any]
 
@@ -118,7 +118,7 @@ def load_search(folder: Path) -> SearchData:
         InputError: `partition.json` is missing or damaged.
     """
     notes: dict[str, list[str]] = {}
-    partition = _mapping(folder / "partition.json", "partition", "groups", list)
+    partition = read_mapping(folder / "partition.json", "partition", "groups", list)
     return SearchData(partition, _trials(folder, notes), tuple(notes["search"]))
 
 
@@ -130,12 +130,12 @@ def load_run(folder: Path) -> RunData:
     """
     notes: dict[str, list[str]] = {}
     config = load_config(folder / "config.yaml")
-    partition = _mapping(folder / "partition.json", "partition", "groups", list)
-    metrics = _mapping(folder / "metrics.json", "table of metrics", "tasks", dict)
+    partition = read_mapping(folder / "partition.json", "partition", "groups", list)
+    metrics = read_mapping(folder / "metrics.json", "table of metrics", "tasks", dict)
     if not isinstance(metrics.get("mean"), dict):
         raise InputError(f"{folder / 'metrics.json'}: there is no 'mean' in this table of metrics")
-    listed = _mapping(folder / "tasks.json", "list of tasks", "tasks", list)["tasks"]
-    ensemble = _mapping(folder / "ensemble.json", "ensemble", "adapters", list)
+    listed = read_mapping(folder / "tasks.json", "list of tasks", "tasks", list)["tasks"]
+    ensemble = read_mapping(folder / "ensemble.json", "ensemble", "adapters", list)
     groups = tuple(tuple(str(task) for task in group) for group in partition["groups"])
     order = [task for group in groups for task in group]
     if not order:
@@ -166,13 +166,6 @@ def load_run(folder: Path) -> RunData:
     )
 
 
-def _mapping(path: Path, what: str, key: str, kind: type) -> Data:
-    data = read_json(path, what)
-    if not isinstance(data, dict) or not isinstance(data.get(key), kind):
-        raise InputError(f"{path}: there is no '{key}' in this {what}")
-    return data
-
-
 def _same_tasks(path: Path, found: Mapping[str, Any], order: list[str]) -> None:
     missing = [task for task in order if not isinstance(found.get(task), dict)]
     extra = [task for task in found if task not in set(order)]
@@ -192,7 +185,7 @@ def _optional(path: Path, topic: str, notes: dict[str, list[str]]) -> Data | Non
 
 
 def _affinity(path: Path, order: list[str]) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, Data]:
-    data = _mapping(path, "affinity", "values", list)
+    data = read_mapping(path, "affinity", "values", list)
     names = [str(name) for name in data.get("tasks", [])]
     _same_tasks(path, {name: {} for name in names}, order)
     index = [names.index(task) for task in order]
