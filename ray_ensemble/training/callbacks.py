@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_ensemble.runtime import release_orphaned_groups
 from ray_ensemble.storage import run_copy
-from ray_ensemble.training.pack import Interruption, Pack, note_interruption
+from ray_ensemble.training.pack import Interruption, Pack, note_interruption, step_lost
 
 
 def interruption_watch(run: str, pack: Pack) -> Any:
@@ -19,8 +19,11 @@ def interruption_watch(run: str, pack: Pack) -> Any:
 
     class InterruptionWatch(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            errors = list(worker_exceptions.values())
+            if any(step_lost(error) for error in errors):
+                return  # that worker has written it down
             with run_copy(run, pack.read_by(1)) as copy:
-                note_interruption(pack.folder(copy.folder), interruption(list(worker_exceptions.values())))
+                note_interruption(pack.folder(copy.folder), interruption(errors))
 
     return InterruptionWatch()
 

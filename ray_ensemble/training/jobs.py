@@ -31,13 +31,14 @@ from ray_ensemble.training.background import in_background
 from ray_ensemble.training.cache import AdapterJob, TrainedAdapter, finished, job_key
 from ray_ensemble.training.callbacks import group_release, interruption_watch, is_lost_actor, is_memory_kill
 from ray_ensemble.training.loggers import check_loggers
-from ray_ensemble.training.pack import Pack, interruptions, note_interruption, read_row
+from ray_ensemble.training.pack import Pack, interruptions, note_interruption, read_row, step_lost
 from ray_ensemble.training.packing import packs, shared_workers, side_by_side
 from ray_ensemble.training.worker import train_worker
 
 _CONTROLLER_FAILURES = 3  # a group of workers that does not start in time counts as one
 _ORPHAN_S = 5.0  # for Ray to notice that a failed job's controller is gone
 _LOOK_SECONDS = 5.0  # between looks for logs of workers that do not see the folder
+_IF_PACKED = ", or from the start where other adapters are packed together than before"
 FAILURES = "failures.json"
 
 
@@ -82,12 +83,14 @@ def train_adapters(
     done = {job.name: finished(folder, keys[job.name]) for job in jobs}
     failed = {job.name: failures.get(keys[job.name], "it left no adapter") for job in jobs if done[job.name] is None}
     if failed:
-        raise _partial(failed, done, folder)
+        raise _partial(failed, done, folder, config.training.pack > 1)
     (folder / FAILURES).unlink(missing_ok=True)
     return {name: adapter for name, adapter in done.items() if adapter is not None}
 
 
-def _partial(failed: Mapping[str, str], done: Mapping[str, TrainedAdapter | None], folder: Path) -> RunError:
+def _partial(
+    failed: Mapping[str, str], done: Mapping[str, TrainedAdapter | None], folder: Path, packed: bool
+) -> RunError:
     """The end of a run that trained only some of its adapters; what is known of it is written down."""
     trained = [name for name, adapter in done.items() if adapter is not None]
     try:
@@ -97,7 +100,7 @@ def _partial(failed: Mapping[str, str], done: Mapping[str, TrainedAdapter | None
     lines = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
     return RunError(
         f"{len(failed)} of {len(done)} adapters could not be trained ({len(trained)} are kept):{lines}\n"
-        "The same command trains only these again, from their last checkpoints."
+        f"The same command trains only these again, from their last checkpoints{_IF_PACKED if packed else ''}."
     )
 
 
@@ -161,12 +164,12 @@ def _run_all(
         try:
             for future, pack in zip(futures, ordered, strict=True):
                 error = future.exception()
-                bring(folder, f"checkpoints/{pack.name}/failed", *(f"trained/{key}" for key in pack.jobs))
+                bring(folder, pack.failed, *(f"trained/{key}" for key in pack.jobs))
                 for key in pack.jobs:
-                    if error is not None:
-                        failures[key] = _reason(error, demands[key])
-                    elif (record := pack.failure(folder, key)).exists():
+                    if (record := pack.failure(folder, key)).exists():
                         failures[key] = read_json(record, "record of a failure")["reason"]
+                    elif error is not None:
+                        failures[key] = _reason(error, demands[key])
                 if not failures.keys() & pack.jobs.keys():
                     drop(folder, f"checkpoints/{pack.name}")
         finally:
@@ -248,6 +251,7 @@ class _PackRun:
         loss perhaps as it starts one: it takes that for a failure of its own, which it never tries again. Once `given_up`
         is set, nothing is.
         """
+        drop(self.folder, self.pack.failed)
         for left in reversed(range(self.training.max_failures + 1)):
             noted = self._memory_kills()
             try:
@@ -378,6 +382,11 @@ def _reason(error: BaseException, demand: _Demand) -> str:
     """Why a job failed, in a line, with what to do where that is known."""
     cause = getattr(error, "worker_failures", None)
     if isinstance(cause, dict) and cause:
+        lost = [
+            told for each in cause.values() if (told := step_lost(each))
+        ]  # the other workers only lost the connection
+        if lost:
+            return str(lost[0])
         error = next(iter(cause.values()))
     text = str(error).strip()
     lines = [line for line in text.splitlines() if line.strip()]

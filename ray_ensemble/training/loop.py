@@ -25,13 +25,16 @@ from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.learner import BatchRow, Learner, TrainingState
 from ray_ensemble.training.microbatches import TokenBudget, TooLarge, cut, is_out_of_memory
 from ray_ensemble.training.numerics import DropoutRows, activation_checkpointing, autocast, row_dropout
+from ray_ensemble.training.pack import StepLost
 from ray_ensemble.training.parallel import Cut, Workers
 
 Route = Callable[[Sequence[int], torch.device], None]  # told which learner each row of the next batch belongs to
 OnStep = Callable[[Learner, dict[str, Any]], None]
 OnCheckpoint = Callable[[int, Callable[[Path], None]], None]
 
-_NO_SECOND_TRY = "; with training.strategy zero2, zero3 or fsdp2 a step cannot be tried again with less"
+_STARTS_AGAIN = (
+    "; with training.strategy zero2, zero3 or fsdp2 a job starts again for that, training.max_failures times"
+)
 
 
 def train_adapter(
@@ -222,7 +225,8 @@ class Loop:
                     failed = TooLarge.of(part)
                 # Only here is the error gone, and with it the tensors that its traceback held.
                 if self.workers.lockstep:
-                    raise self._budget.given_up(failed, step, doing, _NO_SECOND_TRY)
+                    told = self._budget.given_up(failed, step, doing, _STARTS_AGAIN if failed.rows > 1 else "")
+                    raise StepLost(str(told), failed.tokens if failed.rows > 1 else 0)
                 break
             failed = self.workers.worst(failed, self.device)
             if failed is None:

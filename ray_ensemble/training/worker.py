@@ -19,7 +19,7 @@ from ray_ensemble.tasks import EncodedTask
 from ray_ensemble.training.cache import ADAPTER_FILES, AdapterJob
 from ray_ensemble.training.learner import TrainingState
 from ray_ensemble.training.loggers import Log, open_loggers
-from ray_ensemble.training.pack import Pack, interruptions, read_row
+from ray_ensemble.training.pack import Pack, StepLost, note_interruption, read_row, smaller_budget
 
 if TYPE_CHECKING:
     from ray_ensemble.training.parallel import Workers
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def train_worker(settings: dict[str, Any]) -> None:
     """Train a pack.
 
-    What another attempt would only meet again (a loss that is no number, a batch that does not fit) is written down and ends the
-    job; all workers meet it alike. Whatever else is raised makes Ray Train try again from the last checkpoint.
+    What another attempt would only meet again (a loss that is no number, an example that does not fit) is written down and ends
+    the job. Whatever is raised makes Ray Train try again from the last checkpoint.
 
     Args:
         settings: {"pack", "tasks" (of all its jobs), "training", "run" (what `storage.run_of` gives), "model", "watched" (whether
@@ -52,6 +52,8 @@ def _train_pack(settings: dict[str, Any]) -> None:
 
     pack: Pack = settings["pack"]
     folder, source = settings["folder"], settings["model"]
+    if all(pack.failure(folder, key).exists() for key in pack.jobs):
+        return  # written down by an attempt that could not end all of its workers alike
     device = default_device()
     training = within_memory(settings["training"], pack.folder(folder), device.type)
     quiet_libraries()
@@ -62,7 +64,7 @@ def _train_pack(settings: dict[str, Any]) -> None:
     workers = make_workers(training)
     leads = workers.rank == 0
     if leads:
-        shutil.rmtree(pack.folder(folder) / "failed", ignore_errors=True)
+        shutil.rmtree(folder / pack.failed, ignore_errors=True)
     starts = {
         name: adapter_copy(job.start.folder if job.start is not None else source["initial_adapter"])
         for name, job in _names(pack).items()
@@ -78,6 +80,10 @@ def _train_pack(settings: dict[str, Any]) -> None:
     try:
         with checkpoint.as_directory() if checkpoint is not None else nullcontext() as resume:
             states = _train(model, pack, settings, training, workers, resume)
+    except StepLost as error:
+        _leave_word(pack, folder, error)
+        settings["send"]()
+        raise
     except (InputError, RunError) as error:
         states = {name: TrainingState(failed=str(error)) for name in starts}
     seconds = time.monotonic() - started
@@ -92,6 +98,15 @@ def _train_pack(settings: dict[str, Any]) -> None:
                 # Adapters of a pack share a process; each is charged its share of the rows' tokens.
                 cost = {"seconds": seconds * state.tokens / tokens, "peak_memory_bytes": peak}
                 _keep(model, name, job, state, cost, pack.log(folder, key), folder / "trained" / key)
+
+
+def _leave_word(pack: Pack, folder: Path, lost: StepLost) -> None:
+    """Tell the next attempt that a micro-batch did not fit; or, where there is none smaller, that none should be made."""
+    if lost.tokens:
+        note_interruption(pack.folder(folder), "memory", lost.tokens)
+        return
+    for key in pack.jobs:
+        write_json(pack.failure(folder, key), {"reason": str(lost)})
 
 
 def _names(pack: Pack) -> dict[str, AdapterJob]:
@@ -198,9 +213,8 @@ def _keep(
 
 
 def within_memory(training: TrainingConfig, checkpoints: Path, device: str) -> TrainingConfig:
-    """The settings with micro-batches halved once for every time that a worker on such a device was killed for its memory."""
-    kills = interruptions(checkpoints).count("memory")
-    return training.model_copy(update={"batch_tokens": max(1, training.tokens_of(device) >> kills)})
+    """The settings with the micro-batches that earlier attempts on such a device leave (`pack.smaller_budget`)."""
+    return training.model_copy(update={"batch_tokens": smaller_budget(checkpoints, training.tokens_of(device))})
 
 
 def _cut_logs(pack: Pack, folder: Path, checkpoint: Any) -> None:

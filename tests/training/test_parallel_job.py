@@ -8,9 +8,10 @@ import pytest
 from test_parallel import alone, assert_same_format, initial, needs_deepspeed, tasks  # noqa: F401 (fixtures)
 
 from ray_ensemble.config import load_config
-from ray_ensemble.errors import InputError
+from ray_ensemble.errors import InputError, RunError
 from ray_ensemble.files import read_json
 from ray_ensemble.training import AdapterJob, jobs, train_adapters
+from ray_ensemble.training.pack import interruptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SETTINGS = {"batch_size": 6, "checkpoint_every": 4, "batch_tokens": 60, "early_stop": "{every: 3, patience: 9}"}
@@ -36,6 +37,66 @@ def test_two_workers_under_zero3_leave_the_adapter_of_one(
     assert (found.steps, found.tokens) == (8, alone[0].state.tokens)
     assert read_json(found.folder / "result.json")["peak_memory_bytes"] > 0
     assert not (tmp_path / "checkpoints" / found.key).exists()
+
+
+def full_above(tokens):
+    """`train_worker` where the second worker's memory holds micro-batches of so many padded tokens."""
+
+    def worker(settings):
+        import ray.train
+        import torch
+
+        from ray_ensemble.training.loop import Loop
+        from ray_ensemble.training.worker import train_worker
+
+        held = Loop._losses
+
+        def losses(loop, rows):
+            if len(rows) * max(row.length for row in rows) > tokens:
+                raise torch.OutOfMemoryError("full")
+            return held(loop, rows)
+
+        if ray.train.get_context().get_world_rank() == 1:
+            Loop._losses = losses
+        train_worker(settings)
+
+    return worker
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_one_worker_out_of_memory_in_a_collective_pass_starts_all_again_with_smaller_micro_batches(
+    strategy, ray_cluster, whole_job, tiny_model, initial, tasks, alone, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    monkeypatch.setattr(jobs, "train_worker", full_above(45))
+    noted = []
+    monkeypatch.setattr(jobs, "drop", lambda folder, name: noted.append(interruptions(folder / name)))
+    changes = {"strategy": strategy, "workers": 2, "cpus": 0.5, "batch_tokens": 80, "max_failures": 1}
+    found = train(whole_job, tiny_model, initial, tasks, tmp_path, **changes)
+    assert noted[-1] == ["memory"]
+    rows = [json.loads(line) for line in (found.folder / "train.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone[0].rows], rel=1e-3)
+
+
+@needs_deepspeed
+def test_an_example_that_does_not_fit_on_one_worker_ends_the_job_at_once_until_it_is_run_again(
+    ray_cluster, whole_job, tiny_model, initial, tasks, alone, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    began, trains = tmp_path / "began", full_above(1)
+
+    def counted(settings):
+        with began.open("a") as stream:
+            stream.write("x")
+        trains(settings)
+
+    changes = {"strategy": "zero3", "workers": 2, "cpus": 0.5, "batch_tokens": 1, "max_failures": 5}
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "train_worker", counted)
+        with pytest.raises(RunError, match=r"(?s)1 of 1 adapters.*one example.*lower limits.max_tokens"):
+            train(whole_job, tiny_model, initial, tasks, tmp_path, **changes)
+    assert len(began.read_text()) == 4  # two workers, and once more for Ray Train to hear that there is nothing to do
+    assert train(whole_job, tiny_model, initial, tasks, tmp_path, **changes).steps == 8
 
 
 def test_auto_gives_a_job_that_is_alone_all_that_may_run_at_once(

@@ -8,10 +8,11 @@ import pickle
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.util import construct_user_exception_with_traceback
 
 from ray_ensemble.config import TrainingConfig
 from ray_ensemble.training.callbacks import interruption, is_lost_actor, is_memory_kill
-from ray_ensemble.training.pack import interruptions, note_interruption, read_row
+from ray_ensemble.training.pack import StepLost, interruptions, note_interruption, read_row, step_lost
 from ray_ensemble.training.worker import within_memory
 
 
@@ -30,6 +31,21 @@ def test_every_kill_for_memory_halves_micro_batches_and_never_below_a_token(tmp_
     assert within_memory(unset, tmp_path / "checkpoints" / "job", "cpu").batch_tokens == 1
     for device in ("cpu", "cuda"):
         assert within_memory(unset, tmp_path / "other", device).tokens_of(device) == unset.tokens_of(device)
+
+
+def test_a_micro_batch_that_did_not_fit_is_halved_whoever_tells_of_it(tmp_path):
+    training, checkpoints = TrainingConfig(batch_tokens=600), tmp_path / "job"
+    for tokens, wanted in [(250, 125), (240, 120), (600, 120), (120, 60), (None, 30), (1, 1)]:
+        note_interruption(checkpoints, "memory", tokens)
+        assert within_memory(training, checkpoints, "cpu").batch_tokens == wanted
+    assert interruptions(checkpoints) == ["memory"] * 6
+
+
+def test_a_step_that_a_worker_lost_is_known_by_its_error_as_ray_train_hands_it_on():
+    lost = StepLost("out of memory at step 3", 240)
+    wrapped = pickle.loads(pickle.dumps(construct_user_exception_with_traceback(lost)))
+    assert [(str(found), found.tokens) for found in (step_lost(lost), step_lost(wrapped))] == [(str(lost), 240)] * 2
+    assert step_lost(construct_user_exception_with_traceback(RuntimeError("out of memory"))) is None
 
 
 @pytest.mark.parametrize(
