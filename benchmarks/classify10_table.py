@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from classify10_arms import ARMS
+from classify10_estimate import Estimates
 from classify10_experiment import Experiment
 from classify10_lengths import counted, flops_at
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from ray_ensemble.report.tables import text_table
 
 REFERENCES = ("qlora_all", "per_dataset")
 OURS = ("ours", "own_group", "merged", "boosted")
+OTHERS = ("random", "hidden_states", "by_hand")  # partitions that the search did not find
 SCALED = "qlora_scaled"  # as accurate as one QLoRA, so ours are held against it in loss
 SAME_SIZE = "qlora_wide"  # one adapter of as many parameters as the groups' have
 MADE_FROM = {"merged": "ours", "boosted": "ours"}  # by merging it, by adding boosters to it
@@ -39,7 +41,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
     found = {arm: resample(each, labels) for arm, each in scores.items()}
     costs = {arm: [experiment.cost(arm, seed) for seed in range(seeds)] for arm in complete}
     reference = [total(cost) for cost in costs.get("qlora_all", ())]
-    shown = [arm for arm in (*REFERENCES, SAME_SIZE, *OURS) if arm in complete]
+    shown = [arm for arm in (*REFERENCES, SAME_SIZE, *OURS, *OTHERS) if arm in complete]
     # Of the other arms only the values on each task are told, which need no draws.
     by_task = {
         arm: [
@@ -48,7 +50,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
         ]
         for arm in complete
     }
-    arms = {}
+    estimates, arms = Estimates(experiment, seeds), {}
     for arm in complete:
         arms[arm] = {
             "told": ARMS[arm].told,
@@ -64,6 +66,10 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
             **spent(costs[arm], reference),
             "about": [cost["about"] for cost in costs[arm]],
         }
+        if arm in ("ours", *OTHERS) and SCALED in complete and estimates.known:
+            beside = zip(by_task[arm], by_task[SCALED], strict=True)
+            real = [one.value("loss") - other.value("loss") for one, other in beside]
+            arms[arm]["estimate"] = estimates.beside(costs[arm], real)
         if arm in OURS and reference and counted(experiment):
             pairs = list(zip(costs[arm], costs["qlora_all"], strict=True))
             arms[arm]["ratio_if_longer"] = {
@@ -86,7 +92,7 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
                 f"{arm}_minus_{other}": differences(by_task[arm][place], by_task[other][place])
                 for arm in shown
                 for other in compared(arm)
-                if other in shown and arm in OURS
+                if other in shown and arm in (*OURS, *OTHERS)
             }
             for place, name in enumerate(experiment.names)
         },
@@ -96,8 +102,10 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
 def compared(arm: str) -> list[str]:
     """The arms that an arm is compared with, where they are complete."""
     others = [*REFERENCES]
-    if arm in OURS:
+    if arm in (*OURS, *OTHERS):
         others += [SCALED, SAME_SIZE]
+    if arm in OTHERS:
+        others.append("ours")
     if arm in MADE_FROM:
         others.append(MADE_FROM[arm])
     return [other for other in others if other != arm]
@@ -168,9 +176,7 @@ def rows(told: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def dataset_rows(told: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Accuracy on each dataset, those first on which ours gains most over one QLoRA; empty before both are there."""
     arms = told["arms"]
-    columns = [
-        name for name in ("base", "qlora_all", "per_dataset", "by_hand", "own_group", "ours", "boosted") if name in arms
-    ]
+    columns = [name for name in ("base", *REFERENCES, *OTHERS, "own_group", "ours", "boosted") if name in arms]
     others = [other for other in REFERENCES if other in arms]
     if "ours" not in arms or "qlora_all" not in arms:
         return [], []
@@ -188,9 +194,10 @@ def dataset_rows(told: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdicts(told: Mapping[str, Any]) -> list[str]:
-    """In words: every own arm against what it is `compared` with, its FLOPs ratio by parts, groups, and what is not there yet."""
+    """In words: every arm of groups against what it is `compared` with and what was estimated of it, its FLOPs ratio by parts,
+    groups, and what is not there yet."""
     arms, lines = told["arms"], []
-    for name in OURS:
+    for name in (*OURS, *OTHERS):
         if name not in arms:
             continue
         for other, paired in arms[name]["minus"].items():
@@ -201,6 +208,8 @@ def verdicts(told: Mapping[str, Any]) -> list[str]:
             holds = "holds zero" if low <= 0 <= high else "excludes zero"
             text = change("accuracy", *_bounds(paired["accuracy"]))
             lines.append(f"{name} − {other}: accuracy {text}, which {holds}; {_tally(told, name, other)}")
+        if "estimate" in arms[name]:
+            lines.append(_beside(name, arms[name]))
         if arms[name]["ratio"]:
             whole = sum(arms["qlora_all"]["flops"].values())
             parts = ", ".join(f"{part} {number(value / whole, 2)}" for part, value in arms[name]["flops"].items())
@@ -219,6 +228,17 @@ def verdicts(told: Mapping[str, Any]) -> list[str]:
     if told["left_out"]:
         lines.append(f"not complete yet: {', '.join(told['left_out'])}")
     return lines
+
+
+def _beside(name: str, arm: Mapping[str, Any]) -> str:
+    """What the estimate said of a partition's loss, and what came of it."""
+    estimate, real = arm["estimate"], arm["minus"][SCALED]["loss"]["difference"]
+    related = "none" if estimate["correlation"] is None else number(estimate["correlation"], 2)
+    said, held_out = change("loss", estimate["search"]), change("loss", estimate["held_out"])
+    return (
+        f"{name}: loss less that of all together, estimated {said} (validation half that the search does not see: {held_out}), "
+        f"real {change('loss', real)}; correlation over datasets {related}"
+    )
 
 
 def _tally(told: Mapping[str, Any], arm: str, other: str) -> str:

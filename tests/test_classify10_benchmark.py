@@ -398,6 +398,18 @@ def test_a_whole_benchmark_and_one_in_pieces_agree(benchmark, arms, job, ray_clu
         same = next(name for name in ("qlora_all", *arms.RATES) if found[name]["about"][seed]["rate"] == about["rate"])
         assert found["qlora_tuned"]["loss"]["by_seed"][seed] == found[same]["loss"]["by_seed"][seed]
 
+    # What is told of the estimate is what the searches said of their groups, less what they said of all together.
+    said = [json.loads(p.read_text()) for p in sorted((tmp_path / "whole").glob("partitions/found-*/partition.json"))]
+    assert len(said) == 2
+    for half, key in (("search", "search_objective"), ("held_out", "objective")):
+        expected = np.mean([each[key] - each["references"]["together"][key] for each in said])
+        assert found["ours"]["estimate"][half] == pytest.approx(expected, abs=1e-6)
+    for name in ("ours", "random", "hidden_states", "by_hand"):
+        assert -1 <= found[name]["estimate"]["correlation"] <= 1
+    assert "random: loss less that of all together, estimated " in "\n".join(
+        sys.modules["classify10_table"].verdicts(whole)
+    )
+
     # Again: nothing is left to do, and it tells the same to the last byte.
     first = (tmp_path / "whole.json").read_bytes()
     capsys.readouterr()
@@ -434,7 +446,9 @@ def test_records_of_another_folder_are_gone_on_from(benchmark, job, ray_cluster,
     def call(name: str, *more: str) -> dict[str, Any]:
         places = ["--output", str(tmp_path / name), "--json", str(tmp_path / f"{name}.json")]
         assert benchmark.main([str(job), *places, *more]) == 0
-        return leaves(untimed(json.loads((tmp_path / f"{name}.json").read_text()))["arms"])
+        found = leaves(untimed(json.loads((tmp_path / f"{name}.json").read_text()))["arms"])
+        # What was estimated is known where the searches are.
+        return {key: value for key, value in found.items() if "/estimate/" not in key}
 
     def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
         """Adapters that were trained beside others differ by rounding."""
