@@ -7,6 +7,7 @@ fitted scale, since the partitions' ensembles have scales too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -35,16 +36,18 @@ class Estimates:
         partitions = (experiment.path / "partitions" / f"found-{seed}" / "partition.json" for seed in self._seeds)
         return experiment.job.folder.finished("gradients") and all(path.exists() for path in partitions)
 
-    def beside(self, costs: Sequence[Mapping[str, Any]], real: Sequence[float]) -> dict[str, Any]:
+    def beside(self, costs: Sequence[Mapping[str, Any]], real: NDArray[np.float64]) -> dict[str, Any]:
         """The estimated loss of an arm's groups less that of all together, means over seeds, and how far tasks are in its order.
 
         Args:
             costs: the arm's record of each seed, which has its groups.
-            real: loss of the arm less that of one QLoRA, a task each, mean over seeds, in nats.
+            real: loss of the arm less that of one QLoRA, in nats: (R, n) for R seeds and n tasks.
 
         Returns:
             `search` on what the search looks at and `held_out` on the half of the validation examples that it does not see, in
-            nats; `correlation` (Pearson) over tasks of the mean of the two with `real`, None where either does not vary.
+            nats; `correlation` (Pearson) over tasks of the mean of the two with the mean of `real` over seeds; and
+            `between_seeds`, that of `real` with one seed and with another, mean over pairs of seeds, which no estimate can be
+            expected to exceed by much. None where there is none.
         """
         halves: dict[str, NDArray[np.float64]] = {}
         for half in ("search", "report"):
@@ -52,11 +55,13 @@ class Estimates:
                 [self._difference(seed, cost["about"]["groups"], half) for seed, cost in enumerate(costs)], axis=0
             )
         whole = (halves["search"] + halves["report"]) / 2
-        varied = np.ptp(whole) > 0 and np.ptp(np.asarray(real)) > 0
+        pairs = [_correlation(one, other) for one, other in combinations(real, 2)]
+        known = [each for each in pairs if each is not None]
         return {
             "search": float(halves["search"].mean()),
             "held_out": float(halves["report"].mean()),
-            "correlation": float(np.corrcoef(whole, real)[0, 1]) if varied else None,
+            "correlation": _correlation(whole, real.mean(axis=0)),
+            "between_seeds": float(np.mean(known)) if known else None,
         }
 
     def _difference(self, seed: int, groups: Sequence[Sequence[str]], half: Any) -> NDArray[np.float64]:
@@ -77,3 +82,8 @@ class Estimates:
                 features, experiment.config.training, experiment.found(seed)["regularization"]
             )
         return self._estimators[seed]
+
+
+def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
+    """Pearson's, None where either does not vary."""
+    return float(np.corrcoef(one, other)[0, 1]) if np.ptp(one) > 0 and np.ptp(other) > 0 else None

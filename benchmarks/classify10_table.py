@@ -67,8 +67,8 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
             "about": [cost["about"] for cost in costs[arm]],
         }
         if arm in ("ours", *OTHERS) and SCALED in complete and estimates.known:
-            beside = zip(by_task[arm], by_task[SCALED], strict=True)
-            real = [one.value("loss") - other.value("loss") for one, other in beside]
+            beside, place = zip(by_task[arm], by_task[SCALED], strict=True), MEASURES.index("loss")
+            real = np.stack([one.trainings[:, place] - other.trainings[:, place] for one, other in beside], axis=1)
             arms[arm]["estimate"] = estimates.beside(costs[arm], real)
         if arm in OURS and reference and counted(experiment):
             pairs = list(zip(costs[arm], costs["qlora_all"], strict=True))
@@ -233,11 +233,12 @@ def verdicts(told: Mapping[str, Any]) -> list[str]:
 def _beside(name: str, arm: Mapping[str, Any]) -> str:
     """What the estimate said of a partition's loss, and what came of it."""
     estimate, real = arm["estimate"], arm["minus"][SCALED]["loss"]["difference"]
-    related = "none" if estimate["correlation"] is None else number(estimate["correlation"], 2)
+    related, ceiling = number(estimate["correlation"], 2), estimate["between_seeds"]
+    between = "" if ceiling is None else f" (of one seed with another {number(ceiling, 2)})"
     said, held_out = change("loss", estimate["search"]), change("loss", estimate["held_out"])
     return (
         f"{name}: loss less that of all together, estimated {said} (validation half that the search does not see: {held_out}), "
-        f"real {change('loss', real)}; correlation over datasets {related}"
+        f"real {change('loss', real)}; correlation over datasets {related}{between}"
     )
 
 

@@ -406,6 +406,7 @@ def test_a_whole_benchmark_and_one_in_pieces_agree(benchmark, arms, job, ray_clu
         assert found["ours"]["estimate"][half] == pytest.approx(expected, abs=1e-6)
     for name in ("ours", "random", "hidden_states", "by_hand"):
         assert -1 <= found[name]["estimate"]["correlation"] <= 1
+        assert -1 <= found[name]["estimate"]["between_seeds"] <= 1
     assert "random: loss less that of all together, estimated " in "\n".join(
         sys.modules["classify10_table"].verdicts(whole)
     )
