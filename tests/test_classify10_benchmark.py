@@ -472,7 +472,9 @@ def test_records_of_another_folder_are_gone_on_from(benchmark, job, ray_cluster,
     assert not [line for line in done if "seed 1" in line]
     assert "/ours/accuracy/value" in two
     there = {key: each for key, each in whole.items() if key.split("/")[1] in ("qlora_all", "ours")}
-    alike(two, {key: each for key, each in there.items() if "/minus/qlora_scaled/" not in key})  # an arm that is not there
+    alike(
+        two, {key: each for key, each in there.items() if "/minus/qlora_scaled/" not in key}
+    )  # an arm that is not there
     alike(call("third", *records, "--seeds", "2", "--only", *arms), whole)
 
 
