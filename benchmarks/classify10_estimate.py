@@ -7,6 +7,7 @@ fitted scale, since the partitions' ensembles have scales too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +16,10 @@ from classify10_experiment import Experiment
 from numpy.typing import NDArray
 
 from ray_ensemble.estimator import Estimator
+from ray_ensemble.estimator.estimator import Half
+
+Losses = NDArray[np.float64]
+HALVES: tuple[Half, Half] = ("search", "report")
 
 
 class Estimates:
@@ -26,64 +31,64 @@ class Estimates:
     """
 
     def __init__(self, experiment: Experiment, seeds: int) -> None:
-        self._experiment, self._seeds = experiment, range(seeds)
-        self._estimators: dict[int, Estimator] = {}
+        self._experiment, self._seeds = experiment, seeds
 
-    @property
+    @cached_property
     def known(self) -> bool:
         """Whether gradients and searches are there."""
         experiment = self._experiment
-        partitions = (experiment.path / "partitions" / f"found-{seed}" / "partition.json" for seed in self._seeds)
-        return experiment.job.folder.finished("gradients") and all(path.exists() for path in partitions)
+        searches = (experiment.path / "partitions" / f"found-{seed}" for seed in range(self._seeds))
+        return experiment.job.folder.finished("gradients") and all(
+            (search / "partition.json").exists() for search in searches
+        )
 
-    def beside(self, costs: Sequence[Mapping[str, Any]], real: NDArray[np.float64]) -> dict[str, Any]:
-        """The estimated loss of an arm's groups less that of all together, means over seeds, and how far tasks are in its order.
+    def difference(self, costs: Sequence[Mapping[str, Any]], half: Half) -> Losses:
+        """Estimated loss (n,) of each task in an arm's groups less that with all together, in nats, mean over seeds.
 
         Args:
             costs: the arm's record of each seed, which has its groups.
-            real: loss of the arm less that of one QLoRA, in nats: (R, n) for R seeds and n tasks.
-
-        Returns:
-            `search` on what the search looks at and `held_out` on the half of the validation examples that it does not see, in
-            nats; `correlation` (Pearson) over tasks of the mean of the two with the mean of `real` over seeds; and
-            `between_seeds`, that of `real` with one seed and with another, mean over pairs of seeds, which no estimate can be
-            expected to exceed by much. None where there is none.
+            half: `search` for what the search looks at, `report` for the half of the validation examples that it does not see.
         """
-        halves: dict[str, NDArray[np.float64]] = {}
-        for half in ("search", "report"):
-            halves[half] = np.mean(
-                [self._difference(seed, cost["about"]["groups"], half) for seed, cost in enumerate(costs)], axis=0
+        names = self._experiment.names
+        by_seed = []
+        for estimator, cost in zip(self._estimators, costs, strict=True):
+            groups = [[names.index(task) for task in group] for group in cost["about"]["groups"]]
+            apart, together = (
+                np.array([task.loss for task in estimator.tasks(partition, half)])
+                for partition in (groups, [range(len(names))])
             )
-        whole = (halves["search"] + halves["report"]) / 2
-        pairs = [_correlation(one, other) for one, other in combinations(real, 2)]
-        known = [each for each in pairs if each is not None]
-        return {
-            "search": float(halves["search"].mean()),
-            "held_out": float(halves["report"].mean()),
-            "correlation": _correlation(whole, real.mean(axis=0)),
-            "between_seeds": float(np.mean(known)) if known else None,
-        }
+            by_seed.append(apart - together)
+        return np.asarray(np.mean(by_seed, axis=0))
 
-    def _difference(self, seed: int, groups: Sequence[Sequence[str]], half: Any) -> NDArray[np.float64]:
-        names, estimator = self._experiment.names, self._of(seed)
-        partition = [[names.index(task) for task in group] for group in groups]
-        found = [
-            np.array([each.loss for each in estimator.tasks(chosen, half)])
-            for chosen in (partition, [range(len(names))])
-        ]
-        return np.asarray(found[0] - found[1])
-
-    def _of(self, seed: int) -> Estimator:
-        if seed not in self._estimators:
-            experiment = self._experiment
-            first = next(iter(self._estimators.values()), None)
-            features = first.features if first else experiment.job.features()
-            self._estimators[seed] = Estimator(
-                features, experiment.config.training, experiment.found(seed)["regularization"]
-            )
-        return self._estimators[seed]
+    @cached_property
+    def _estimators(self) -> list[Estimator]:
+        experiment, features = self._experiment, self._experiment.job.features()
+        found = (experiment.found(seed)["regularization"] for seed in range(self._seeds))
+        return [Estimator(features, experiment.config.training, regularization) for regularization in found]
 
 
-def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float | None:
-    """Pearson's, None where either does not vary."""
+def agreement(search: Losses, held_out: Losses, real: Losses) -> dict[str, float | None]:
+    """How differences of loss that were estimated agree with real ones.
+
+    Args:
+        search: (n,) for n tasks, in nats, on what the search looks at.
+        held_out: (n,), on the validation examples that it does not see.
+        real: (R, n) for R training seeds, on test.
+
+    Returns:
+        `search` and `held_out`, means over tasks; `correlation` (Pearson) over tasks of the mean of the two with the mean of
+        `real` over seeds; and `between_seeds`, that of `real` with one seed and with another, mean over pairs of seeds, which no
+        estimate can be expected to exceed by much. None where one of the two does not vary, or there is one seed.
+    """
+    pairs = [_correlation(one, other) for one, other in combinations(real, 2)]
+    varied = [each for each in pairs if each is not None]
+    return {
+        "search": float(search.mean()),
+        "held_out": float(held_out.mean()),
+        "correlation": _correlation((search + held_out) / 2, real.mean(axis=0)),
+        "between_seeds": float(np.mean(varied)) if varied else None,
+    }
+
+
+def _correlation(one: Losses, other: Losses) -> float | None:
     return float(np.corrcoef(one, other)[0, 1]) if np.ptp(one) > 0 and np.ptp(other) > 0 else None

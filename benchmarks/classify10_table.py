@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from classify10_arms import ARMS
-from classify10_estimate import Estimates
+from classify10_estimate import HALVES, Estimates, agreement
 from classify10_experiment import Experiment
 from classify10_lengths import counted, flops_at
 from numpy.typing import NDArray
@@ -69,7 +69,8 @@ def figures(experiment: Experiment, names: Sequence[str], seeds: int) -> dict[st
         if arm in ("ours", *OTHERS) and SCALED in complete and estimates.known:
             beside, place = zip(by_task[arm], by_task[SCALED], strict=True), MEASURES.index("loss")
             real = np.stack([one.trainings[:, place] - other.trainings[:, place] for one, other in beside], axis=1)
-            arms[arm]["estimate"] = estimates.beside(costs[arm], real)
+            search, held_out = (estimates.difference(costs[arm], half) for half in HALVES)
+            arms[arm]["estimate"] = agreement(search, held_out, real)
         if arm in OURS and reference and counted(experiment):
             pairs = list(zip(costs[arm], costs["qlora_all"], strict=True))
             arms[arm]["ratio_if_longer"] = {

@@ -382,11 +382,9 @@ def _reason(error: BaseException, demand: _Demand) -> str:
     """Why a job failed, in a line, with what to do where that is known."""
     cause = getattr(error, "worker_failures", None)
     if isinstance(cause, dict) and cause:
-        lost = [
-            told for each in cause.values() if (told := step_lost(each))
-        ]  # the other workers only lost the connection
-        if lost:
-            return str(lost[0])
+        lost = next(filter(None, map(step_lost, cause.values())), None)
+        if lost is not None:
+            return str(lost)  # the other workers only lost the connection
         error = next(iter(cause.values()))
     text = str(error).strip()
     lines = [line for line in text.splitlines() if line.strip()]

@@ -15,7 +15,6 @@ from ray_ensemble.files import jsonl_appender
 from ray_ensemble.training.cache import AdapterJob
 
 _INTERRUPTIONS = "interruptions.jsonl"
-_FAILED = "failed"
 Interruption = Literal["memory", "preemption", "failure"]
 
 
@@ -36,9 +35,7 @@ class Pack:
 
     def read_by(self, rank: int) -> tuple[str, ...]:
         """Names in the run folder of what a worker reads of earlier attempts, besides checkpoints; the first one has the logs."""
-        return tuple(
-            f"checkpoints/{self.name}/{name}" for name in (_INTERRUPTIONS, _FAILED, *(("logs",) if rank == 0 else ()))
-        )
+        return (*(self.told() if rank == 0 else self.told()[:1]), self.failed)
 
     def told(self) -> tuple[str, ...]:
         """Names in the run folder of what workers tell of how far they are."""
@@ -47,7 +44,7 @@ class Pack:
     @property
     def failed(self) -> str:
         """Name in the run folder of where its jobs say why they cannot be trained."""
-        return f"checkpoints/{self.name}/{_FAILED}"
+        return f"checkpoints/{self.name}/failed"
 
     def failure(self, run: Path, key: str) -> Path:
         """Where a job says why it cannot be trained, if that is so: `{"reason": …}`."""

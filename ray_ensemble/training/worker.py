@@ -63,8 +63,6 @@ def _train_pack(settings: dict[str, Any]) -> None:
         device = torch.device("cuda", torch.cuda.current_device())  # Ray Train has chosen this worker's
     workers = make_workers(training)
     leads = workers.rank == 0
-    if leads:
-        shutil.rmtree(folder / pack.failed, ignore_errors=True)
     starts = {
         name: adapter_copy(job.start.folder if job.start is not None else source["initial_adapter"])
         for name, job in _names(pack).items()

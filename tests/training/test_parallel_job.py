@@ -69,8 +69,13 @@ def test_one_worker_out_of_memory_in_a_collective_pass_starts_all_again_with_sma
     strategy, ray_cluster, whole_job, tiny_model, initial, tasks, alone, tmp_path, monkeypatch  # noqa: F811
 ):  # fmt: skip
     monkeypatch.setattr(jobs, "train_worker", full_above(45))
-    noted = []
-    monkeypatch.setattr(jobs, "drop", lambda folder, name: noted.append(interruptions(folder / name)))
+    noted, drop = [], jobs.drop
+
+    def dropped(folder, name):
+        noted.append(interruptions(folder / name))
+        drop(folder, name)
+
+    monkeypatch.setattr(jobs, "drop", dropped)
     changes = {"strategy": strategy, "workers": 2, "cpus": 0.5, "batch_tokens": 80, "max_failures": 1}
     found = train(whole_job, tiny_model, initial, tasks, tmp_path, **changes)
     assert noted[-1] == ["memory"]
